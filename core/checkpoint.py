@@ -1,0 +1,176 @@
+"""Checkpoints: safetensors and JSON under a manifest of hashes, written aside and renamed into place; no pickle."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from tangram.core.contracts import State
+
+MANIFEST = "MANIFEST.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be read; the message names the file and what is wrong."""
+
+
+@frozen
+class Found:
+    """A checkpoint that may be resumed from.
+
+    Attributes:
+        path: Its directory.
+        step: Steps taken when it was written.
+        refused: Newer checkpoints that were passed over, each with the reason.
+    """
+
+    path: Path
+    step: int
+    refused: tuple[str, ...] = ()
+
+
+def save(root: Path, step: int, files: Mapping[str, State], state: Mapping[str, object]) -> Path:
+    """Write `root/step-N` whole or not at all.
+
+    Args:
+        root: The run's folder of checkpoints.
+        step: Steps taken.
+        files: Contents of each file, by name without suffix.
+        state: What goes into state.json.
+    """
+    final = root / f"step-{step}"
+    scratch = root / f".step-{step}.writing"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for name, content in files.items():
+        _write_state(scratch / f"{name}.safetensors", content)
+    _write(scratch / "state.json", json.dumps(state, indent=1).encode())
+    entries = {path.name: _entry(path) for path in sorted(scratch.iterdir())}
+    _write(scratch / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1).encode())
+    _sync(scratch)
+    if final.exists():  # left by a run that was resumed from before it
+        shutil.rmtree(final)
+    scratch.rename(final)
+    _sync(root)
+    return final
+
+
+def newest(root: Path) -> Found | None:
+    """Return the newest checkpoint that its manifest confirms, and why newer ones were refused."""
+    refused = []
+    for path in sorted(root.glob("step-*"), key=_step_of, reverse=True):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        return Found(path, _step_of(path), tuple(refused))
+    if refused:
+        raise CheckpointError("no checkpoint is whole: " + "; ".join(refused))
+    return None
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: Something is missing, cut or changed.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        entries = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no readable {MANIFEST} ({error})") from None
+    for name, entry in entries.items():
+        try:
+            if _entry(path / name) != entry:
+                raise CheckpointError(f"{path / name}: differs from its manifest")
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from None
+
+
+def read_state(path: Path) -> dict[str, object]:
+    """Return the content of state.json."""
+    return dict(json.loads((path / "state.json").read_bytes()))
+
+
+def read_file(path: Path, name: str) -> dict[str, Tensor | int | float | str]:
+    """Return the content of one file by its name without suffix."""
+    from safetensors import safe_open
+
+    with safe_open(path / f"{name}.safetensors", framework="pt") as file:
+        content: dict[str, Tensor | int | float | str] = json.loads((file.metadata() or {}).get("values", "{}"))
+        content |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no mapping)
+        return content
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Load the weights and biases; names and shapes must agree exactly."""
+    state = {key: value for key, value in read_file(path, "model").items() if isinstance(value, Tensor)}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path / 'model.safetensors'} does not fit the experiment: {error}") from None
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, addresses: Mapping[nn.Parameter, str]) -> State:
+    """Return the optimizer's state under `address/key`."""
+    return {
+        f"{address}/{key}": value
+        for parameter, address in addresses.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(
+    path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Load the optimizer's state by address."""
+    for name, value in read_file(path, "optimizer").items():
+        address, _, key = name.rpartition("/")
+        if address not in parameters:
+            raise CheckpointError(
+                f"{path / 'optimizer.safetensors'}: no parameter {address} in the experiment"
+            )
+        optimizer.state[parameters[address]][key] = value
+
+
+def _write_state(path: Path, content: State) -> None:
+    from safetensors.torch import save
+
+    tensors = {
+        key: value.detach().cpu().contiguous() for key, value in content.items() if isinstance(value, Tensor)
+    }
+    values = {key: value for key, value in content.items() if not isinstance(value, Tensor)}
+    _write(path, save(tensors, metadata={"values": json.dumps(values)}))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _entry(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _step_of(path: Path) -> int:
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1

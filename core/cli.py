@@ -1,0 +1,368 @@
+"""The command line. Commands are thin: they read, call the core and print; torch is imported inside them."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+from cyclopts import App, CycloptsError, Parameter
+
+if TYPE_CHECKING:
+    from tangram.core.plugins import Plugins
+    from tangram.core.presets import Resolved
+    from tangram.core.run import Outcome
+
+OK, FAILED, USAGE, BROKEN = 0, 1, 2, 3
+"""Exit codes: all went well; the run failed; usage or config; a plugin that is named does not load."""
+
+app = App(
+    name="tangram",
+    help="DeepSeek-V3 as a composition of swappable pieces: compose, train, ablate.",
+    version_flags=["--version"],
+)
+
+_T = TypeVar("_T")
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
+Overrides = Annotated[str, Parameter(help="Changes to the preset: dotted.path=value.")]
+Files = Annotated[
+    tuple[Path, ...], Parameter(name="--plugin", negative="", help="A plugin file to load; may be repeated.")
+]
+
+
+@app.command(name="list")
+def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()) -> int:
+    """List the components of every slot, or of one, and the presets.
+
+    Args:
+        slot: Only this slot.
+    """
+    from tangram.core.contracts import SLOTS
+    from tangram.core.presets import available
+    from tangram.core.schema import summary
+
+    if slot is not None and slot not in SLOTS:
+        return _refuse(f"there is no slot '{slot}'; the slots are {', '.join(SLOTS)}")
+    plugins = _plugins(plugin)
+    entries = [entry for entry in plugins.registry if slot in (None, entry.mark.slot)]
+    presets = available(plugins) if slot is None else {}
+    if json_:
+        return _json(
+            {
+                "components": [
+                    {
+                        "slot": entry.mark.slot,
+                        "use": entry.mark.use,
+                        "summary": summary(entry.config),
+                        "origin": entry.origin,
+                    }
+                    for entry in entries
+                ],
+                "presets": {name: str(path) for name, path in presets.items()},
+                "broken": [{"name": b.name, "origin": b.origin, "error": b.error} for b in plugins.broken],
+            }
+        )
+    rows = [(e.mark.slot, e.mark.use, summary(e.config), e.origin) for e in entries]
+    _table(("slot", "use", "what it does", "origin"), rows)
+    if presets:
+        _table(("preset", "file"), [(name, str(path)) for name, path in presets.items()])
+    for broken in plugins.broken:
+        _print(f"broken: {broken}")
+    return OK
+
+
+@app.command
+def describe(
+    what: str, use: str | None = None, /, *overrides: Overrides, json_: Json = False, plugin: Files = ()
+) -> int:
+    """Describe a component (SLOT USE), or what a preset costs (PRESET).
+
+    Args:
+        what: A slot, or a preset's name or file.
+        use: The component's name, if `what` is a slot.
+    """
+    from tangram.core.contracts import SLOTS
+
+    if what in SLOTS and use is not None:
+        return _describe_component(what, use, json_, plugin)
+    changes = overrides if use is None else (use, *overrides)
+    return _describe_preset(what, changes, json_, plugin)
+
+
+def _describe_component(slot: str, use: str, json_: bool, plugin: Sequence[Path]) -> int:
+    from tangram.core.config import suggest
+    from tangram.core.schema import fields, summary
+
+    registry = _plugins(plugin).registry
+    entry = registry.get(slot, use)
+    if entry is None:
+        known = registry.uses(slot)
+        return _refuse(f"there is no {slot} '{use}'{suggest(use, known)}; known: {', '.join(known)}")
+    described = fields(entry.config)
+    if json_:
+        rows = [{"name": f.name, "type": f.type, "default": f.default, "doc": f.doc} for f in described]
+        what = {"slot": slot, "use": use, "summary": summary(entry.config), "origin": entry.origin}
+        return _json(what | {"fields": rows})
+    _print(f"{slot} '{use}' ({entry.origin}): {summary(entry.config)}")
+    _table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.doc) for f in described])
+    return OK
+
+
+def _describe_preset(preset: str, overrides: Sequence[str], json_: bool, plugin: Sequence[Path]) -> int:
+    from tangram.core.measure import measure
+
+    resolved = _resolve(preset, overrides, plugin)
+    measures = _building(resolved, lambda: measure(resolved.experiment)).as_dict()
+    if json_:
+        return _json({"name": resolved.experiment.name} | measures)
+    parameters = measures.pop("parameters")
+    assert isinstance(parameters, dict)
+    rows = [(f"parameters.{name}", f"{count:,}") for name, count in parameters.items()]
+    _table((resolved.experiment.name, ""), rows + [(name, f"{value:,}") for name, value in measures.items()])
+    return OK
+
+
+@app.command
+def show(
+    preset: str, /, *overrides: Overrides, origin: bool = False, json_: Json = False, plugin: Files = ()
+) -> int:
+    """Show a preset resolved, every default spelled out.
+
+    Args:
+        preset: Name or file.
+        origin: Show where each value comes from.
+    """
+    from tangram.core.presets import dump, flatten, to_yaml
+
+    resolved = _resolve(preset, overrides, plugin)
+    if origin:
+        leaves = flatten(resolved.experiment)
+        origins = {path: str(resolved.origins[path]) for path in leaves}
+        if json_:
+            return _json({path: {"value": leaves[path], "origin": origins[path]} for path in leaves})
+        width = max(map(len, leaves))
+        for path, value in leaves.items():
+            _print(f"{path:{width}}  {json.dumps(value)}  # {origins[path]}")
+        return OK
+    if json_:
+        return _json(dump(resolved.experiment))
+    _print(to_yaml(resolved.experiment).rstrip())
+    return OK
+
+
+@app.command
+def diff(a: str, b: str, /, *, json_: Json = False, plugin: Files = ()) -> int:
+    """Show where two presets differ, resolved.
+
+    Args:
+        a: Name or file.
+        b: Name or file.
+    """
+    from tangram.core.presets import difference
+
+    changes = difference(_resolve(a, (), plugin).experiment, _resolve(b, (), plugin).experiment)
+    if json_:
+        return _json({path: {"a": before, "b": after} for path, (before, after) in changes.items()})
+    rows = [(path, json.dumps(before), json.dumps(after)) for path, (before, after) in changes.items()]
+    _table(("path", a, b), rows) if rows else _print("no difference")
+    return OK
+
+
+@app.command
+def copy(preset: str, file: Path, /, *, plugin: Files = ()) -> int:
+    """Copy a preset to a file of your own, to edit.
+
+    Args:
+        preset: Name or file.
+        file: Where to; it must not be there yet.
+    """
+    resolved = _resolve(preset, (), plugin)
+    if file.exists():
+        return _refuse(f"{file} is there already; choose another name")
+    if not file.parent.is_dir():
+        return _refuse(f"there is no folder {file.parent}")
+    file.write_text(resolved.file.read_text(encoding="utf-8"), encoding="utf-8")
+    _print(f"{file}: a copy of {resolved.file}; change it and run `tangram train {file}`")
+    return OK
+
+
+@app.command
+def check(preset: str, /, *overrides: Overrides, json_: Json = False, plugin: Files = ()) -> int:
+    """Check a preset: resolve it and build the whole experiment without weights.
+
+    Args:
+        preset: Name or file.
+    """
+    from tangram.core.measure import measure
+    from tangram.core.run import rehearse
+
+    resolved = _resolve(preset, overrides, plugin)
+    measures = _building(resolved, lambda: measure(resolved.experiment))
+    steps = _building(resolved, lambda: rehearse(resolved.experiment))
+    if json_:
+        return _json({"name": resolved.experiment.name, "ok": True, "steps": steps} | measures.as_dict())
+    _print(
+        f"{resolved.experiment.name}: fine; {measures.parameters.total:,} parameters, "
+        f"{measures.parameters.active:,} active, {steps:,} steps"
+    )
+    return OK
+
+
+@app.command
+def train(
+    preset: str,
+    /,
+    *overrides: Overrides,
+    out: Path | None = None,
+    resume: bool = False,
+    plugin: Files = (),
+) -> int:
+    """Train a preset into a run directory.
+
+    Args:
+        preset: Name or file.
+        out: The run directory; by default runs/<name>-<hash>.
+        resume: Go on from the newest checkpoint there.
+    """
+    from tangram.core.contracts import NonFinite
+    from tangram.core.run import train as run
+
+    resolved = _resolve(preset, overrides, plugin)
+    try:
+        outcome = _building(resolved, lambda: run(resolved.experiment, out, resume=resume))
+    except NonFinite as error:
+        return _fail(f"stopped before the update: {error}")
+    _print_outcome(outcome)
+    if outcome.dead:
+        return _fail("\n".join(f"{piece.name} had no effect: {piece.why}" for piece in outcome.dead))
+    return OK
+
+
+def _print_outcome(outcome: "Outcome") -> None:
+    report = outcome.evaluation
+    if report is not None and report.bits_per_byte is not None:
+        others = ", ".join(f"{name} {bits:.3f}" for name, bits in outcome.references.items())
+        _print(
+            f"held-out text ({report.n_bytes:,} bytes): {report.bits_per_byte:.3f} bits per byte; the same text by {others}"
+        )
+    if outcome.sample:
+        _print(f"sample:\n{outcome.sample}")
+    for piece in outcome.pieces:
+        word = {True: "alive", False: "dead", None: "too short to tell"}[piece.alive]
+        _print(f"{piece.name}: {word} ({piece.why})")
+    _print(f"peak memory {outcome.peak_rss / 2**30:.2f} GiB; everything is in {outcome.directory}")
+
+
+@app.command
+def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
+    """Say what is installed, which plugins load, and what this machine can do."""
+    from tangram.core.doctor import examine
+
+    findings = examine(_plugins(plugin))
+    if json_:
+        return _json(findings)
+    _table(("what", "found"), [(name, _words(value)) for name, value in findings.items()])
+    return OK
+
+
+def _words(value: object) -> str:
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _plugins(files: Sequence[Path]) -> "Plugins":
+    from tangram.core.plugins import Plugins
+
+    return Plugins.discover(files)
+
+
+def _resolve(preset: str, overrides: Sequence[str], files: Sequence[Path]) -> "Resolved":
+    from tangram.core.presets import resolve
+
+    return resolve(preset, overrides, _plugins(files))
+
+
+def _building(resolved: "Resolved", build: Callable[[], _T]) -> _T:
+    """Call `build`; say where in the preset stands what a component found wrong."""
+    from tangram.core.config import ConfigError, Problem
+    from tangram.core.context import BuildError
+
+    try:
+        return build()
+    except BuildError as error:
+        raise ConfigError([Problem(resolved.origin(error.path), error.path, error.message)]) from error
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    console.print(table if console.is_terminal else table, soft_wrap=not console.is_terminal)
+
+
+def _json(value: Mapping[str, object]) -> int:
+    print(json.dumps(value, indent=1))
+    return OK
+
+
+def _refuse(message: str) -> int:
+    print(message, file=sys.stderr)
+    return USAGE
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return FAILED
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code. A user's mistake is one line or a few, never a traceback."""
+    try:
+        code = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
+    except Exception as error:
+        known = _exit_code(error)
+        if known is None:
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(known)
+    sys.exit(code if isinstance(code, int) else OK)
+
+
+def _interrupted() -> int:
+    print("interrupted; go on from the last checkpoint with --resume", file=sys.stderr)
+    return FAILED
+
+
+def _exit_code(error: Exception) -> int | None:
+    from tangram.core.config import ConfigError
+    from tangram.core.plugins import PluginError
+
+    if isinstance(error, ConfigError):
+        return USAGE
+    if isinstance(error, PluginError):
+        return BROKEN
+    from tangram.core.checkpoint import CheckpointError
+    from tangram.core.run import RunError
+
+    if isinstance(error, RunError):
+        return USAGE
+    return FAILED if isinstance(error, CheckpointError) else None
+
+
+if __name__ == "__main__":
+    main()

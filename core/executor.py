@@ -1,0 +1,176 @@
+"""Runs any plan over any program. It knows phases and carries, nothing of models."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from tangram.core.autograd import WeightGrads
+from tangram.core.plan import Action, Op, Plan, Slot, validate
+from tangram.core.records import Batch, Carry, Phase, Progress, Result
+
+
+class Program(Protocol):
+    """What is run: stages of phases. A `Model` is one."""
+
+    @property
+    def n_stages(self) -> int:
+        """Slices of the layers."""
+        ...
+
+    @property
+    def load_shape(self) -> tuple[int, int]:
+        """Layers (with those of the objectives) and the largest number of experts."""
+        ...
+
+    def phases(self, stage: int, batch: Batch, now: Progress) -> Sequence[Phase]:
+        """Return the phases of one stage for one micro-batch."""
+        ...
+
+    def weights(self, now: Progress) -> Mapping[str, float]:
+        """Return each loss's weight: the gradient put on it."""
+        ...
+
+
+@define(eq=False)
+class _Live:
+    """A slot between its forward and its backward."""
+
+    entry: Tensor | None
+    carry: Carry
+    pending: list[Callable[[], None]] = field(factory=list)
+
+
+class Executor:
+    """One step of work, in the order of a plan."""
+
+    def __init__(
+        self,
+        program: Program,
+        plans: Callable[[int], Plan],
+        micro_sequences: int,
+        weight_grads: WeightGrads,
+        reduce: Callable[[], None],
+    ) -> None:
+        self.program, self.micro_sequences = program, micro_sequences
+        self._plans, self._checked = plans, dict[int, Plan]()
+        self._weight_grads, self._reduce = weight_grads, reduce
+
+    def plan(self, microbatches: int) -> Plan:
+        """Return the plan for so many micro-batches, checked once."""
+        if microbatches not in self._checked:
+            plan = self._plans(microbatches)
+            validate(plan)
+            if plan.stages != self.program.n_stages:
+                raise ValueError(f"the plan has {plan.stages} stages and the program {self.program.n_stages}")
+            self._checked[microbatches] = plan
+        return self._checked[microbatches]
+
+    def run(self, batch: Batch, now: Progress) -> Result:
+        """Work the whole batch; gradients are left in the parameters, reduced.
+
+        The last micro-batch of an evaluation may be smaller; a plan that trains wants equal ones.
+        """
+        count = -(-len(batch.tokens) // self.micro_sequences)
+        plan = self.plan(count)
+        with nullcontext() if plan.trains else torch.no_grad():
+            step = _Step(self.program, plan, batch, now, self._weight_grads, self.micro_sequences)
+            for action in plan.actions[0]:
+                step.do(action)
+        if plan.trains:
+            self._reduce()
+        return step.result()
+
+
+class _Step:
+    """The state of one run of a plan."""
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        batch: Batch,
+        now: Progress,
+        weight_grads: WeightGrads,
+        micro_sequences: int,
+    ) -> None:
+        self.program, self.plan, self.batch, self.now = program, plan, batch, now
+        self.weight_grads, self.micro_sequences = weight_grads, micro_sequences
+        self.weights = program.weights(now)
+        self.live: dict[Slot, _Live] = {}
+        self.outputs: dict[Slot, Tensor] = {}  # hidden states on their way to the next stage
+        self.grads: dict[Slot, Tensor] = {}  # gradients on their way to the stage before
+        self.losses: dict[str, list[Tensor]] = {}
+        self.load = torch.zeros(program.load_shape, dtype=torch.int64, device=batch.tokens.device)
+        self.peak = 0
+
+    def do(self, action: Action) -> None:
+        match action.op:
+            case Op.FORWARD:
+                self._forward(action.slot)
+            case Op.BACKWARD:
+                self._backward(action.slot)
+            case Op.INPUT_BACKWARD:
+                with self.weight_grads.deferred() as pending:
+                    live = self._backward(action.slot)
+                live.pending = pending
+                self.live[action.slot] = live
+            case Op.WEIGHT_BACKWARD:
+                for add in self.live.pop(action.slot).pending:
+                    add()
+
+    def _micro(self, slot: Slot) -> Batch:
+        start = self.plan.index(slot) * self.micro_sequences
+        return self.batch.rows(start, min(start + self.micro_sequences, len(self.batch.tokens)))
+
+    def _forward(self, slot: Slot) -> None:
+        entry = None
+        if slot.stage > 0:
+            entry = self.outputs.pop(slot).detach()
+            entry.requires_grad_(torch.is_grad_enabled())
+        carry = Carry(hidden=entry)
+        for phase in self.program.phases(slot.stage, self._micro(slot), self.now):
+            carry = phase.fn(carry)
+        for layer, stats in carry.stats:
+            counts = stats.load.sum(0)
+            self.load[layer, : len(counts)] += counts
+        for name, loss in carry.losses:
+            self.losses.setdefault(name, []).append(loss.value.detach())
+        if slot.stage + 1 < self.plan.stages:
+            assert carry.hidden is not None
+            self.outputs[evolve(slot, stage=slot.stage + 1)] = carry.hidden
+        if torch.is_grad_enabled():
+            self.live[slot] = _Live(entry, carry)
+            self.peak = max(self.peak, len(self.live))
+
+    def _backward(self, slot: Slot) -> _Live:
+        live = self.live.pop(slot)
+        roots, grads = [], []
+        for root, grad in self._roots(slot, live.carry):
+            if root.requires_grad:
+                roots.append(root)
+                grads.append(grad)
+        torch.autograd.backward(roots, grads)
+        if live.entry is not None and live.entry.grad is not None:
+            self.grads[evolve(slot, stage=slot.stage - 1)] = live.entry.grad
+        # The graph goes with the carry; what W still needs is held by its closures.
+        return _Live(None, Carry())
+
+    def _roots(self, slot: Slot, carry: Carry) -> Iterator[tuple[Tensor, Tensor]]:
+        for name, loss in carry.losses:
+            yield loss.value, torch.full_like(loss.value, self.weights[name])
+        if slot.stage + 1 < self.plan.stages:
+            assert carry.hidden is not None
+            yield carry.hidden, self.grads.pop(slot)
+
+    def result(self) -> Result:
+        names = sorted(self.losses)
+        sums = [torch.stack(self.losses[name]).double().sum() for name in names]
+        # One read for the whole step: each one waits for the device.
+        values = torch.stack(sums).tolist() if sums else []
+        losses = dict(zip(names, values, strict=True))
+        total = sum(self.weights[name] * value for name, value in losses.items())
+        return Result(losses=losses, total=total, load=self.load, peak_live=self.peak)

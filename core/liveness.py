@@ -1,0 +1,136 @@
+"""Did each named piece do anything? Two well-known systems shipped DeepSeek-V3 with one of them silently off."""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from statistics import fmean
+
+import torch
+from attrs import define, field, frozen
+
+from tangram.core.model import Model
+from tangram.core.records import Batch, Carry, Progress, StepReport, Verdict, violation
+
+WINDOW = 20
+"""Steps at either end of a run whose losses are compared."""
+
+MIN_STEPS = 100
+"""A shorter run is too short to tell."""
+
+
+@frozen
+class Piece:
+    """One named piece of the preset.
+
+    Attributes:
+        name: Its dotted path.
+        alive: Whether it had an effect; None where the run was too short to tell.
+        why: What was seen.
+    """
+
+    name: str
+    alive: bool | None
+    why: str
+
+
+@define(eq=False)
+class Liveness:
+    """Watches a run and judges its pieces at the end; it changes nothing. Its fields are JSON values.
+
+    Attributes:
+        steps: Steps seen.
+        first: The first losses of each objective, up to `WINDOW`.
+        last: The last ones.
+        weight: Largest weight that each objective has had.
+        violated: Largest load violation of each layer (as a string) with a balancer.
+        start: The expert biases that those layers began with.
+    """
+
+    steps: int = 0
+    first: dict[str, list[float]] = field(factory=dict)
+    last: dict[str, list[float]] = field(factory=dict)
+    weight: dict[str, float] = field(factory=dict)
+    violated: dict[str, float] = field(factory=dict)
+    start: dict[str, list[float]] = field(factory=dict)
+
+    def begin(self, model: Model) -> None:
+        """Remember the expert biases that the run starts with."""
+        self.start = {str(layer): bias.tolist() for layer, bias in model.biases().items()}
+
+    def observe(self, report: StepReport, weights: Mapping[str, float]) -> None:
+        """Take in one step."""
+        self.steps += 1
+        for name, value in weights.items():
+            self.weight[name] = max(self.weight.get(name, 0.0), value)
+        if report.verdict is not Verdict.ACCEPT:
+            return
+        for name, value in report.result.losses.items():
+            early = self.first.setdefault(name, [])
+            if len(early) < WINDOW:
+                early.append(value)
+            self.last[name] = [*self.last.get(name, ()), value][-WINDOW:]
+        for layer in self.start:
+            worst = float(violation(report.result.load[int(layer)]))
+            self.violated[layer] = max(self.violated.get(layer, 0.0), worst)
+
+    def judge(self, model: Model, batch: Batch, now: Progress) -> list[Piece]:
+        """Return what became of each objective and balancer; `batch` is a micro-batch to take gradients on."""
+        if self.steps < MIN_STEPS:
+            why = f"{self.steps} steps are too few to tell; {MIN_STEPS} are needed"
+            names = [f"objectives.{name}" for name in model.weights(now)]
+            return [
+                Piece(name, None, why) for name in names + [self._balancer(layer) for layer in self.start]
+            ]
+        gradients = objective_gradients(model, batch, now)
+        token = {name for name, _ in model.token_objectives()}
+        pieces = [self._objective(name, gradients.get(name), name in token) for name in model.weights(now)]
+        return pieces + [self._balance(str(layer), bias.tolist()) for layer, bias in model.biases().items()]
+
+    def _objective(self, name: str, gradient: float | None, token: bool) -> Piece:
+        path = f"objectives.{name}"
+        if not self.weight.get(name):
+            return Piece(path, False, "its weight was 0 all along")
+        if gradient is not None and not gradient > 0:
+            return Piece(path, False, "its loss has no gradient")
+        if not token:
+            return Piece(
+                path, True, f"gradient norm {gradient:.2g}" if gradient is not None else "it had a weight"
+            )
+        early, late = self.first.get(name, []), self.last.get(name, [])
+        if not early:
+            return Piece(path, False, "no step was accepted")
+        fall = fmean(early) - fmean(late)
+        noise = math.sqrt((_variance(early) + _variance(late)) / WINDOW)
+        why = f"loss {fmean(early):.3f} -> {fmean(late):.3f}"
+        return Piece(path, fall > 2 * noise, why if fall > 2 * noise else f"{why}: it did not fall")
+
+    def _balance(self, layer: str, bias: list[float]) -> Piece:
+        path, worst = self._balancer(layer), self.violated.get(layer, 0.0)
+        if bias == self.start[layer] and worst > 0:
+            return Piece(path, False, f"the biases never moved under a load violation of {worst:.2f}")
+        return Piece(path, True, f"largest bias {max(map(abs, bias)):.3g}")
+
+    @staticmethod
+    def _balancer(layer: str) -> str:
+        return f"balancer of layer {layer}"
+
+
+def _variance(values: list[float]) -> float:
+    """Return the variance around the trend, from the differences of neighbours."""
+    return fmean((b - a) ** 2 for a, b in pairwise(values)) / 2 if len(values) > 1 else 0.0
+
+
+def objective_gradients(model: Model, batch: Batch, now: Progress) -> dict[str, float]:
+    """Return the gradient norm of each loss that runs at `now`, alone; 0 where a loss has no gradient."""
+    carry: Carry = model(batch, now)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norms = {}
+    for name, loss in carry.losses:
+        if not loss.value.requires_grad:
+            norms[name] = 0.0
+            continue
+        grads = torch.autograd.grad(loss.value, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = math.sqrt(
+            sum(float(grad.double().square().sum()) for grad in grads if grad is not None)
+        )
+    return norms

@@ -1,0 +1,191 @@
+"""The decoder: embedding, blocks, norm and head, and the objectives that read the trunk."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from attrs import evolve
+from torch import Tensor, nn
+
+from tangram.core.autograd import Recompute
+from tangram.core.block import Block
+from tangram.core.context import Context, Parallel, built
+from tangram.core.contracts import Cache, FeedForward, RoutingObjective, Shared, TokenObjective
+from tangram.core.experiment import Experiment
+from tangram.core.layers import OutputHead, TokenEmbedding, norm
+from tangram.core.records import Batch, Carry, Loss, Phase, Progress
+
+
+class Model(nn.Module):
+    """A `Program` of one stage. Addresses of parameters are those of the whole model (`blocks.7.attention...`)."""
+
+    n_stages = 1
+
+    def __init__(self, experiment: Experiment, parallel: Parallel) -> None:
+        super().__init__()
+        config = experiment.model
+        self.n_layers, self.recompute = config.n_layers, Recompute(config.recompute)
+        ctx = Context(
+            dim=config.dim,
+            n_layers=config.n_layers,
+            init_std=config.init_std,
+            norm_eps=config.norm_eps,
+            precision=built("precision", experiment.precision.build),
+            recompute=self.recompute,
+            parallel=parallel,
+        )
+        self.compute = ctx.precision.compute
+        self.embedding = TokenEmbedding(ctx, config.vocab_size)
+        layer = 0
+        self.blocks = nn.ModuleDict()
+        for number, group in enumerate(config.blocks):
+            for _ in range(group.repeat):
+                self.blocks[str(layer)] = built(f"model.blocks.{number}", Block, group.block, ctx.at(layer))
+                layer += 1
+        self.norm = norm(ctx, config.dim)
+        self.head = OutputHead(ctx, config.vocab_size)
+        self.objectives = nn.ModuleDict()
+        self.routing_objectives: dict[str, RoutingObjective] = {}
+        for name, wanted in experiment.objectives.items():
+            objective = built(f"objectives.{name}", wanted.build, ctx.at(layer), config.block)
+            if isinstance(objective, TokenObjective):
+                self.objectives[name] = objective
+                layer += len(objective.feedforwards())
+            else:
+                self.routing_objectives[name] = objective
+
+    def token_objectives(self) -> Iterator[tuple[str, TokenObjective]]:
+        """Yield the losses on tokens, by name."""
+        for name, objective in self.objectives.items():
+            assert isinstance(objective, TokenObjective)
+            yield name, objective
+
+    def trunk(self) -> Iterator[tuple[int, Block]]:
+        """Yield the trunk's blocks with their layer."""
+        for layer, block in self.blocks.items():
+            assert isinstance(block, Block)
+            yield int(layer), block
+
+    def feedforwards(self) -> list[FeedForward]:
+        """Return every feed-forward by layer: the trunk's, then those that objectives own."""
+        owned = [
+            feedforward
+            for _, objective in self.token_objectives()
+            for feedforward in objective.feedforwards()
+        ]
+        return [block.feedforward for _, block in self.trunk()] + owned
+
+    @property
+    def shared(self) -> Shared:
+        """What token objectives borrow."""
+        return Shared(self.embedding, self.norm, self.head)
+
+    @property
+    def load_shape(self) -> tuple[int, int]:
+        """Layers (with those of the objectives) and the largest number of experts."""
+        feedforwards = self.feedforwards()
+        return len(feedforwards), max(feedforward.n_experts for feedforward in feedforwards)
+
+    def weights(self, now: Progress) -> Mapping[str, float]:
+        """Return each loss's weight at `now`."""
+        token = {name: objective.weight(now) for name, objective in self.token_objectives()}
+        return token | {name: objective.weight(now) for name, objective in self.routing_objectives.items()}
+
+    def phases(
+        self, stage: int, batch: Batch, now: Progress, caches: Sequence[Cache] | None = None
+    ) -> list[Phase]:
+        """Return the whole forward as phases; without targets it ends with the trunk, for decoding."""
+        phases = [Phase("embed", "compute", lambda carry: evolve(carry, hidden=self.embedding(batch.tokens)))]
+        for layer, block in self.trunk():
+            phases += block.phases(batch.positions, batch.segments, caches[layer] if caches else None)
+        phases.append(Phase("trunk", "compute", lambda carry: evolve(carry, trunk=carry.hidden)))
+        if batch.targets is not None:
+            weights = self.weights(now)
+            for name, objective in self.token_objectives():
+                if weights[name]:
+                    phases += objective.phases(name, batch, self.shared)
+            named = {name: loss for name, loss in self.routing_objectives.items() if weights[name]}
+            if named:
+                phases.append(Phase("routing", "compute", _routing(named, batch)))
+        return [phase._replace(fn=self._scoped(phase.fn)) for phase in phases]
+
+    def _scoped(self, fn: Callable[[Carry], Carry]) -> Callable[[Carry], Carry]:
+        def run(carry: Carry) -> Carry:
+            with self.recompute.scope():
+                return fn(carry)
+
+        return run
+
+    def forward(self, batch: Batch, now: Progress, caches: Sequence[Cache] | None = None) -> Carry:
+        """Return the carry after all phases."""
+        carry = Carry()
+        for phase in self.phases(0, batch, now, caches):
+            carry = phase.fn(carry)
+        return carry
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, S, V], at least float32, of tokens int64 [B, S], each row one document."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
+        trunk = self(batch, Progress()).trunk
+        return self.head(self.norm(trunk))
+
+    def rebalance(self, load: Tensor, now: Progress) -> None:
+        """Move the expert biases, given the global load int64 [layers, E]."""
+        for feedforward, counts in zip(self.feedforwards(), load, strict=True):
+            if feedforward.n_experts:
+                feedforward.rebalance(counts[: feedforward.n_experts], now)
+
+    def biases(self) -> dict[int, Tensor]:
+        """Return the expert biases [E] of every layer whose balancer moves them."""
+        balancers = {layer: feedforward.balancer for layer, feedforward in enumerate(self.feedforwards())}
+        return {
+            layer: found.bias() for layer, found in balancers.items() if found is not None and found.adaptive
+        }
+
+
+def _routing(objectives: Mapping[str, RoutingObjective], batch: Batch) -> Callable[[Carry], Carry]:
+    def run(carry: Carry) -> Carry:
+        losses = [
+            (name, Loss(torch.stack([loss(stats, batch) for _, stats in carry.stats]).sum()))
+            for name, loss in objectives.items()
+            if carry.stats
+        ]
+        return evolve(carry, losses=(*carry.losses, *losses))
+
+    return run
+
+
+def initialize(model: nn.Module, seed: int) -> None:
+    """Give every weight its initial value, each module from its own address, so that no layout changes a value.
+
+    Raises:
+        TypeError: A module has parameters or buffers of its own and no `reset_parameters`.
+    """
+    for address, module in model.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not own:
+            continue
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None:
+            raise TypeError(f"{address}: {type(module).__name__} has weights and no reset_parameters()")
+        digest = hashlib.sha256(f"{seed}:{address}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            reset()
+
+
+def build_model(
+    experiment: Experiment, seed: int = 0, device: str = "cpu", parallel: Parallel | None = None
+) -> Model:
+    """Build the model of an experiment with its initial weights; on device `meta` without any.
+
+    Raises:
+        BuildError: A component refuses its surroundings; the message begins with its dotted path.
+    """
+    with torch.device("meta"):
+        model = Model(experiment, parallel or Parallel())
+    if device != "meta":
+        model.to_empty(device=device)
+        initialize(model, seed)
+    return model

@@ -1,0 +1,139 @@
+"""A pipeline schedule as data: who does what, in which order. Pure Python, no torch."""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from itertools import accumulate, pairwise
+
+from attrs import frozen
+
+
+class Op(Enum):
+    """What can be done with a slot."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    INPUT_BACKWARD = "I"
+    WEIGHT_BACKWARD = "W"
+
+
+@frozen(order=True)
+class Slot:
+    """One micro-batch in one stage.
+
+    Attributes:
+        flow: Direction through the pipeline.
+        stage: Slice of the layers.
+        microbatch: Number of the micro-batch inside its flow.
+    """
+
+    flow: int
+    stage: int
+    microbatch: int
+
+
+@frozen
+class Action:
+    """One thing that a rank does."""
+
+    op: Op
+    slot: Slot
+
+    def __str__(self) -> str:
+        """Return for example `F>0`: the op, the flow (`>` or `<`) and the micro-batch."""
+        return f"{self.op.value}{'><'[self.slot.flow]}{self.slot.microbatch}"
+
+
+@frozen
+class Plan:
+    """The order of one step's work.
+
+    Attributes:
+        stages: Slices of the layers.
+        microbatches: Micro-batches of each flow.
+        place: The rank of each (flow, stage).
+        actions: What each rank does, in order.
+    """
+
+    stages: int
+    microbatches: tuple[int, ...]
+    place: Mapping[tuple[int, int], int]
+    actions: tuple[tuple[Action, ...], ...]
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.actions)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything runs backward."""
+        return any(action.op is not Op.FORWARD for rank in self.actions for action in rank)
+
+    def index(self, slot: Slot) -> int:
+        """Return the number of the slot's micro-batch in the whole batch: flow 0 takes the first ones."""
+        return sum(self.microbatches[: slot.flow]) + slot.microbatch
+
+
+class InvalidPlan(ValueError):
+    """A plan that no executor may run; the message names the first fault."""
+
+
+def validate(plan: Plan) -> None:
+    """Check that every slot is worked once, on its rank, forward before input before weight backward.
+
+    Raises:
+        InvalidPlan: Something is missing, doubled, misplaced or out of order.
+    """
+    expected = {
+        Slot(flow, stage, microbatch)
+        for flow, count in enumerate(plan.microbatches)
+        for stage in range(plan.stages)
+        for microbatch in range(count)
+    }
+    done: dict[tuple[Slot, Op], int] = {}
+    for rank, actions in enumerate(plan.actions):
+        for position, action in enumerate(actions):
+            slot = action.slot
+            if slot not in expected:
+                raise InvalidPlan(f"rank {rank}: {action} works a slot that does not exist: {slot}")
+            if plan.place[slot.flow, slot.stage] != rank:
+                raise InvalidPlan(
+                    f"rank {rank}: {action} belongs to rank {plan.place[slot.flow, slot.stage]}"
+                )
+            if (slot, action.op) in done:
+                raise InvalidPlan(f"rank {rank}: {action} is done twice")
+            done[slot, action.op] = position
+    for slot in sorted(expected):
+        ops = [op for op in Op if (slot, op) in done]
+        allowed = [[Op.FORWARD, Op.BACKWARD], [Op.FORWARD, Op.INPUT_BACKWARD, Op.WEIGHT_BACKWARD]]
+        if ops not in (allowed if plan.trains else [[Op.FORWARD]]):
+            raise InvalidPlan(f"{slot} is worked as {[op.value for op in ops]}")
+        for first, then in pairwise(ops):
+            if done[slot, first] > done[slot, then]:
+                raise InvalidPlan(f"{slot}: {then.value} stands before {first.value}")
+
+
+def sequential(microbatches: int) -> Plan:
+    """Return the plan of one rank: each micro-batch forward, then backward."""
+    slots = [Slot(0, 0, microbatch) for microbatch in range(microbatches)]
+    actions = [Action(op, slot) for slot in slots for op in (Op.FORWARD, Op.BACKWARD)]
+    return Plan(stages=1, microbatches=(microbatches,), place={(0, 0): 0}, actions=(tuple(actions),))
+
+
+def forward_only(microbatches: int) -> Plan:
+    """Return the plan of one rank that evaluates."""
+    actions = [Action(Op.FORWARD, Slot(0, 0, microbatch)) for microbatch in range(microbatches)]
+    return Plan(stages=1, microbatches=(microbatches,), place={(0, 0): 0}, actions=(tuple(actions),))
+
+
+def split(n_layers: int, n_stages: int) -> list[range]:
+    """Divide layers 0 to n_layers - 1 into consecutive stages whose sizes differ by at most one, longer ones first.
+
+    Raises:
+        ValueError: A stage would be empty.
+    """
+    if not 1 <= n_stages <= n_layers:
+        raise ValueError(f"{n_layers} layers do not make {n_stages} stages")
+    size, longer = divmod(n_layers, n_stages)
+    ends: Sequence[int] = list(accumulate(size + (stage < longer) for stage in range(n_stages)))
+    return [range(end - size - (stage < longer), end) for stage, end in enumerate(ends)]
