@@ -1,0 +1,44 @@
+"""Root-mean-square normalisation (arXiv:1910.07467).
+
+With r = 1 / sqrt(mean(x^2) + eps), n = x r and g = dy * weight,
+
+    y = n * weight,    dx = r (g - n mean(g * n)),    dweight = sum over rows of dy * n
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tangram.kernels.products import accumulator
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return `x` [..., D] over its root mean square, times `weight` [D], in the dtype of `x`.
+
+    The statistics and the product with the weight are at least float32; only the result is rounded. Backward
+    keeps the arguments and one number a row.
+    """
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
+        wide = x.to(accumulator(x.dtype))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight, scale = ctx.saved_tensors
+        normed, wide_grad = x * scale, grad.to(scale.dtype)
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            inner = wide_grad * weight
+            x_grad = scale * (inner - normed * (inner * normed).mean(-1, keepdim=True))
+            x_grad = x_grad.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            weight_grad = (wide_grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        return x_grad, weight_grad, None

@@ -1,0 +1,123 @@
+"""Rotary position embedding (arXiv:2104.09864), stretched by YaRN (arXiv:2309.00071).
+
+Pair i of a vector at position p is turned by the angle p * f_i, with f_i = theta^(-2i / R):
+
+    (a, b) -> (a cos - b sin, a sin + b cos)
+
+so that the product of two turned vectors depends on their positions only through the difference. A pair is
+either interleaved, elements (2i, 2i + 1) as in the released DeepSeek-V3 weights, or split, (i, i + R/2).
+
+YaRN slows the pairs that turn less than `beta_slow` times over the original length by `factor`, leaves those
+that turn more than `beta_fast` times alone, and goes linearly between. It also makes the softmax sharper.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tangram.kernels.products import accumulator
+
+
+class Yarn(NamedTuple):
+    """How YaRN stretches a context.
+
+    Attributes:
+        factor: New length over the original one.
+        original_length: Positions seen before.
+        beta_fast: Turns over the original length from which a pair keeps its frequency.
+        beta_slow: Turns below which a pair is slowed by the whole factor.
+        mscale: Growth of queries and keys with ln(factor). Released configs state it twice, as `mscale` and
+            `mscale_all_dim`: only their ratio, which is 1, would scale the turned elements alone.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+
+    @property
+    def softmax_correction(self) -> float:
+        """Factor on the softmax scale, 1/t of arXiv:2309.00071: query and key both grow, turned or not."""
+        return (1.0 + 0.1 * self.mscale * math.log(max(self.factor, 1.0))) ** 2
+
+
+def frequencies(
+    dim: int, theta: float, yarn: Yarn | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Return the angle by which each of the `dim`/2 pairs turns per position, in radians, float32 [dim/2].
+
+    Computed in float64.
+
+    Raises:
+        ValueError: `dim` is odd.
+    """
+    if dim % 2:
+        raise ValueError(f"rotary embedding turns pairs, but its width is {dim}; make it even")
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    plain = theta**-exponents
+    if yarn is None:
+        return plain.float()
+    slowed = _ramp(dim, theta, yarn, exponents.device)
+    return (plain * (1 - slowed) + plain / yarn.factor * slowed).float()
+
+
+def _ramp(dim: int, theta: float, yarn: Yarn, device: torch.device) -> Tensor:
+    """Return how far each pair is slowed, from 0 (not) to 1 (by the whole factor), float64 [dim/2]."""
+
+    def pair(turns: float) -> float:
+        """Return the (fractional) pair that turns `turns` times over the original length."""
+        return dim * math.log(yarn.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    pairs = torch.arange(dim // 2, dtype=torch.float64, device=device)
+    return ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+
+
+def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of every pair's angle, [B, S, R/2] each, to be applied to any number of tensors.
+
+    The angles are float64: in float32 the angle of position 100,000 is off by up to a hundredth.
+
+    Args:
+        positions: Integers [B, S].
+        frequencies: What `frequencies` returned, [R/2].
+        dtype: Dtype of the tensors to be turned. The tables are at least float32.
+    """
+    angles = positions.double().unsqueeze(-1) * frequencies.double()  # [B, S, R/2]
+    wide = accumulator(dtype)
+    return angles.cos().to(wide), angles.sin().to(wide)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+    """Return `x` [B, S, H, R] with every pair turned, in its dtype and its order of elements.
+
+    Args:
+        x: Queries or keys; a key shared by all heads has H = 1.
+        cos: Cosines from `rotation`, [B, S, R/2].
+        sin: Sines from `rotation`, [B, S, R/2].
+        interleaved: Whether pairs are elements (2i, 2i + 1) rather than (i, i + R/2).
+    """
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, S, 1, R/2]
+    wide = x.to(accumulator(x.dtype))
+    if interleaved:
+        # As complex numbers, because slices of stride two are six times slower.
+        pairs = torch.view_as_complex(wide.contiguous().view(*x.shape[:-1], x.shape[-1] // 2, 2))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    first, second = wide.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).to(x.dtype)
+
+
+def rope(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool = True) -> Tensor:
+    """Return `x` [B, S, H, R] turned according to `positions` [B, S], in its dtype.
+
+    Args:
+        x: Queries or keys; a key shared by all heads has H = 1.
+        positions: Integers [B, S].
+        frequencies: What `frequencies` returned, [R/2].
+        interleaved: Whether pairs are elements (2i, 2i + 1) rather than (i, i + R/2).
+    """
+    return rotate(x, *rotation(positions, frequencies, x.dtype), interleaved)

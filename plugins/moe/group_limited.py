@@ -1,0 +1,80 @@
+"""The router of DeepSeek-V3: node-limited, its choice moved by a bias (arXiv:2412.19437, equations 12 to 16)."""
+
+import torch
+from attrs import field, frozen
+from attrs.validators import gt, in_
+from torch import Tensor
+
+from tangram.core.context import Context
+from tangram.core.contracts import Router
+from tangram.core.records import Routing
+from tangram.core.registry import component
+from tangram.plugins.moe.affinity import Centroids, Score, routing
+
+
+@component("router", use="group_limited")
+@frozen(kw_only=True)
+class GroupLimitedConfig:
+    """Choose the best groups of experts first (each on one node), then the best experts inside them.
+
+    Attributes:
+        top_k: Experts K for each token.
+        score: How a product becomes an affinity.
+        n_groups: Groups of experts.
+        top_groups: Groups that a token may reach.
+        normalise: Divide a token's gates by their sum.
+        gate_scale: Multiplies the gates.
+    """
+
+    top_k: int = field(validator=gt(0))
+    score: Score = field(default="sigmoid", validator=in_(("sigmoid", "softmax")))
+    n_groups: int = field(default=1, validator=gt(0))
+    top_groups: int = field(default=1, validator=gt(0))
+    normalise: bool = True
+    gate_scale: float = field(default=1.0, validator=gt(0.0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.top_groups > self.n_groups:
+            raise ValueError(f"top_groups {self.top_groups} is more than n_groups {self.n_groups}")
+
+    def build(self, ctx: Context, n_experts: int) -> Router:
+        """Build it.
+
+        Raises:
+            ValueError: The groups do not divide the experts, or hold fewer than `top_k`.
+        """
+        if n_experts % self.n_groups:
+            raise ValueError(f"n_groups {self.n_groups} does not divide the {n_experts} experts")
+        reachable = n_experts // self.n_groups * self.top_groups
+        if self.top_k > reachable:
+            raise ValueError(
+                f"top_k {self.top_k} is more than the {reachable} experts in {self.top_groups} of {self.n_groups} groups"
+            )
+        return GroupLimited(self, ctx, n_experts)
+
+
+class GroupLimited(Router):
+    """Node-limited routing."""
+
+    def __init__(self, config: GroupLimitedConfig, ctx: Context, n_experts: int) -> None:
+        super().__init__()
+        self.config, self.top_k = config, config.top_k
+        self.centroids = Centroids(ctx, n_experts, config.score)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Routing:
+        """Return the routing of x [B, S, D]; the bias [E] moves only the choice."""
+        affinity = self.centroids(x)
+        with torch.no_grad():
+            ids = self._choose(affinity + bias)
+        return routing(affinity, ids, self.config.gate_scale, self.config.normalise)
+
+    def _choose(self, biased: Tensor) -> Tensor:
+        c = self.config
+        if c.top_groups < c.n_groups:
+            groups = biased.unflatten(-1, (c.n_groups, -1))  # [B, S, G, E / G]
+            best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+            kept = best.topk(c.top_groups, dim=-1, sorted=False).indices
+            dropped = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
+            # Zero instead of -inf would let an expert of a dropped group win wherever all scores are negative.
+            biased = groups.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
+        return biased.topk(c.top_k, dim=-1, sorted=False).indices

@@ -1,0 +1,72 @@
+"""metrics.jsonl, the truth of a run: one flat JSON object a step, one for each evaluation."""
+
+import json
+import os
+from pathlib import Path
+from typing import TextIO
+
+from attrs import frozen
+
+from tangram.core.hookspecs import HOOKIMPL
+from tangram.core.records import EvalReport, StepReport
+from tangram.core.registry import component
+from tangram.core.run import RunView
+
+
+@component("observer", use="jsonl")
+@frozen(kw_only=True)
+class JsonlConfig:
+    """Write metrics.jsonl into the run directory, a line at a time."""
+
+    def build(self) -> object:
+        """Build it."""
+        return Jsonl()
+
+
+class Jsonl:
+    """Writes metrics.jsonl. Line-buffered: a crash loses no finished step."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    @HOOKIMPL
+    def tangram_run_started(self, run: RunView) -> None:
+        """Open the file; of a resumed run, drop what will be run again."""
+        path = run.directory / "metrics.jsonl"
+        if path.exists():
+            _keep(path, run.progress.step)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
+    @HOOKIMPL
+    def tangram_step_ended(self, report: StepReport) -> None:
+        """Write the step."""
+        self._write(report.metrics())
+
+    @HOOKIMPL
+    def tangram_evaluated(self, report: EvalReport) -> None:
+        """Write the evaluation."""
+        self._write(report.metrics())
+
+    @HOOKIMPL
+    def tangram_run_ended(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, row: dict[str, float | int | str] | dict[str, float | int | bool]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(row) + "\n")
+
+
+def _keep(path: Path, step: int) -> None:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that a crash cut off
+            continue
+        if row["step"] <= step:
+            rows.append(line + "\n")
+    scratch = path.with_suffix(".writing")
+    scratch.write_text("".join(rows), encoding="utf-8")
+    os.replace(scratch, path)

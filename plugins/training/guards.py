@@ -1,0 +1,94 @@
+"""Guards: what to do with a step whose loss or gradient is not finite."""
+
+import math
+from collections.abc import Mapping
+
+from attrs import field, frozen
+from attrs.validators import gt
+
+from tangram.core.contracts import Guard, NonFinite, State
+from tangram.core.records import GradientNorm, Result, Verdict
+from tangram.core.registry import component
+
+
+@component("guard", use="raise")
+@frozen(kw_only=True)
+class RaiseConfig:
+    """Stop the run before the update."""
+
+    def build(self) -> Guard:
+        """Build it."""
+        return Raise()
+
+
+class Raise:
+    """Stops the run."""
+
+    def judge(self, result: Result, norm: GradientNorm) -> Verdict:
+        """Return ACCEPT.
+
+        Raises:
+            NonFinite: A loss or gradient is not finite.
+        """
+        culprit = find_culprit(result, norm)
+        if culprit:
+            raise NonFinite(culprit)
+        return Verdict.ACCEPT
+
+
+@component("guard", use="skip")
+@frozen(kw_only=True)
+class SkipConfig:
+    """Leave out the update of a bad step; stop when too many come in a row.
+
+    Attributes:
+        limit: Bad steps in a row at which the run stops.
+    """
+
+    limit: int = field(default=10, validator=gt(0))
+
+    def build(self) -> Guard:
+        """Build it."""
+        return Skip(self.limit)
+
+
+class Skip:
+    """Skips bad steps. Stateful: the count of bad steps in a row survives a crash."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_a_row = limit, 0
+
+    def judge(self, result: Result, norm: GradientNorm) -> Verdict:
+        """Return ACCEPT, or SKIP for a bad step.
+
+        Raises:
+            NonFinite: This is bad step number `limit` in a row.
+        """
+        culprit = find_culprit(result, norm)
+        self.in_a_row = self.in_a_row + 1 if culprit else 0
+        if self.in_a_row >= self.limit:
+            raise NonFinite(f"{culprit}; {self.in_a_row} such steps in a row")
+        return Verdict.SKIP if culprit else Verdict.ACCEPT
+
+    def state(self) -> State:
+        """Return the count."""
+        return {"in_a_row": self.in_a_row}
+
+    def load_state(self, state: State) -> None:
+        """Take the count back."""
+        self.in_a_row = int(state["in_a_row"])
+
+
+def find_culprit(result: Result, norm: GradientNorm) -> str:
+    """Return which loss or gradient is not finite, in words; empty when all are."""
+    broken = _not_finite(result.losses)
+    if broken:
+        return f"loss {broken[0]} is {result.losses[broken[0]]}"
+    if norm.broken:
+        more = f" and {len(norm.broken) - 1} more" if len(norm.broken) > 1 else ""
+        return f"the gradient of {norm.broken[0]}{more} is not finite"
+    return "" if math.isfinite(norm.value) else f"the gradient norm is {norm.value}"
+
+
+def _not_finite(losses: Mapping[str, float]) -> list[str]:
+    return [name for name, value in losses.items() if not math.isfinite(value)]
