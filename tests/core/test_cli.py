@@ -1,0 +1,244 @@
+"""The command line as a user meets it: what it prints, its exit codes, and its errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import SMALL
+
+from tangram.core.cli import main
+
+
+class Shell:
+    """Runs commands in this process, in a folder of their own."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exited:
+            main([str(argument) for argument in arguments])
+        out, err = self.capsys.readouterr()
+        return int(exited.value.code or 0), out, err
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    return Shell(capsys)
+
+
+def test_list_shows_every_slot_and_preset(shell: Shell) -> None:
+    code, out, _ = shell("list", "--json")
+    listed = json.loads(out)
+    assert code == 0
+    assert {"attention", "router", "objective", "data"} < {row["slot"] for row in listed["components"]}
+    assert all(row["summary"] and row["origin"] == "tangram" for row in listed["components"])
+    assert set(listed["presets"]) >= {"deepseek-v3", "v3-tiny", "gqa-baseline"}
+    assert listed["broken"] == []
+    code, out, _ = shell("list", "attention")
+    assert code == 0
+    assert "mla" in out
+    assert "aux_free" not in out
+
+
+def test_describe_a_component_shows_every_field_with_its_meaning(shell: Shell) -> None:
+    code, out, _ = shell("describe", "attention", "mla", "--json")
+    fields = {field["name"]: field for field in json.loads(out)["fields"]}
+    assert code == 0
+    assert fields["n_heads"]["default"] == "required"
+    assert fields["q_rank"] == {
+        "name": "q_rank",
+        "type": "int | null",
+        "default": "null",
+        "doc": "Width of the query latent; null makes queries directly.",
+    }
+    assert shell("describe", "attention", "mla")[0] == 0
+
+
+def test_describe_a_preset_counts_it(shell: Shell) -> None:
+    code, out, _ = shell("describe", "deepseek-v3", "--json")
+    assert code == 0
+    assert json.loads(out)["parameters"]["total"] == 671_026_419_200
+    code, out, _ = shell("describe", "deepseek-v3", "model.blocks.1.repeat=1")
+    assert code == 0
+    assert "parameters.total" in out
+
+
+def test_show_prints_a_preset_that_resolves_to_itself(shell: Shell) -> None:
+    code, out, _ = shell("show", "v3-tiny", "train.seed=7")
+    assert code == 0
+    Path("mine.yaml").write_text(out)
+    assert shell("show", "./mine.yaml")[1] == out
+    assert json.loads(shell("diff", "./mine.yaml", "v3-tiny", "--json")[1]) == {"train.seed": {"a": 7, "b": 0}}
+
+
+def test_show_says_where_every_value_comes_from(shell: Shell) -> None:
+    code, out, _ = shell("show", "v3-tiny", "train.seed=7", "--origin", "--json")
+    origins = {path: entry["origin"] for path, entry in json.loads(out).items()}
+    assert code == 0
+    assert origins["train.seed"] == "train.seed=7"
+    assert origins["optimizer.eps"] == "default"
+    assert "presets/v3-tiny.yaml:" in origins["model.dim"]
+    assert "presets/deepseek-v3.yaml:" in origins["model.block.attention.use"]
+
+
+def test_copy_gives_a_preset_to_edit_and_overwrites_nothing(shell: Shell) -> None:
+    assert shell("copy", "v3-tiny", "mine.yaml")[0] == 0
+    assert shell("diff", "mine.yaml", "v3-tiny")[1].strip() == "no difference"
+    code, _, err = shell("copy", "v3-tiny", "mine.yaml")
+    assert code == 2
+    assert "mine.yaml is there already" in err
+    assert shell("copy", "v3-tiny", "nowhere/mine.yaml")[0] == 2
+
+
+def test_check_passes_what_can_be_built(shell: Shell) -> None:
+    for preset in ("deepseek-v3", "gqa-baseline"):
+        code, out, err = shell("check", preset, "data={use: synthetic}", "--json")
+        assert code == 0, err
+        assert json.loads(out)["ok"] is True
+
+
+MISTAKES = [
+    (["model.dimm=3"], "model.dimm", "did you mean 'dim'?"),
+    (["model.dim=tree"], "model.dim", "expected"),
+    (["model.dim=2.5"], "model.dim", "2.5"),
+    (["model.dim=true"], "model.dim", "true"),
+    (["model.dim=-4"], "model.dim", "-4"),
+    (["train.lr=[{value: 1}, {value: 2}]"], "train.lr", "until"),
+    (["model.block.attention.use=mlaa"], "model.block.attention", "did you mean 'mla'?"),
+    (["model.block.feedforward.router.top_k=33"], "router", "top_k 33 is more than"),
+    (["model.block.feedforward.router.n_groups=5"], "router", "n_groups 5 does not divide the 32 experts"),
+    (["train.micro_sequences=0"], "train.micro_sequences", "0"),
+    (["model.dim"], "'model.dim'", "dotted.path=value"),
+    (["model.blocks.7.repeat=1"], "model.blocks.7", "there is no element 7"),
+    (["data={use: text, corpus: files, files: ['no/such/*.txt']}"], "data", "no/such/*.txt"),
+    (["data={use: text, corpus: files}"], "data", "files"),
+    (["model.vocab_size=100"], "data", "100"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "path", "text"), MISTAKES)
+def test_a_mistake_is_named_with_its_path_and_exits_with_2(
+    shell: Shell, overrides: list[str], path: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, out, err = shell("check", "v3-tiny", *overrides)
+    assert code == 2
+    assert path in err
+    assert text in err
+    assert "Traceback" not in out + err
+
+
+def test_every_error_of_a_file_is_told_at_once_with_its_line(shell: Shell) -> None:
+    Path("bad.yaml").write_text("extends: v3-tiny\nmodel:\n  dim: x\n  vocab: 3\ntrain: {lr: fast}\n")
+    code, _, err = shell("train", "bad.yaml")
+    assert code == 2
+    lines = err.strip().splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["bad.yaml:3", "bad.yaml:4", "bad.yaml:5"]
+    Path("torn.yaml").write_text("model: {dim: 3\n")
+    code, _, err = shell("show", "torn.yaml")
+    assert code == 2
+    assert err.startswith("torn.yaml:")
+    Path("big.yaml").write_text("extends: v3-tiny\nmodel:\n  block:\n    feedforward:\n      router: {top_k: 33}\n")
+    code, _, err = shell("train", "big.yaml")
+    assert code == 2
+    assert err.startswith("big.yaml:5: ")
+
+
+def test_what_is_not_there_exits_with_2(shell: Shell) -> None:
+    for arguments in (
+        ["show", "v3-tinny"],
+        ["show", "missing.yaml"],
+        ["trian", "v3-tiny"],
+        ["train", "v3-tiny", "--resumee"],
+        ["list", "attentoin"],
+        ["describe", "attention", "mlaa"],
+        ["show", "v3-tiny", "--plugin", "missing.py"],
+        ["train"],
+    ):
+        code, out, err = shell(*arguments)
+        assert code == 2, arguments
+        assert out + err
+        assert "Traceback" not in out + err
+
+
+def test_a_named_plugin_that_does_not_load_exits_with_3_and_its_error(shell: Shell) -> None:
+    Path("broken.py").write_text("import no_such_module\n")
+    code, _, err = shell("train", "v3-tiny", "--plugin", "broken.py")
+    assert code == 3
+    assert "broken.py" in err
+    assert "No module named 'no_such_module'" in err
+    Path("mine.yaml").write_text("extends: v3-tiny\nplugins: [broken.py]\n")
+    code, _, err = shell("check", "mine.yaml")
+    assert code == 3
+    assert "no_such_module" in err
+
+
+def test_a_plugin_file_fills_a_slot(shell: Shell) -> None:
+    Path("uniform.py").write_text(
+        "from attrs import frozen\n"
+        "from tangram.core import component\n"
+        "from tangram.plugins.moe.balancers import NoneConfig\n\n"
+        "@component('balancer', use='mine')\n"
+        "@frozen(kw_only=True)\n"
+        "class Mine(NoneConfig):\n"
+        '    """Do as none does."""\n'
+    )
+    code, out, _ = shell("describe", "balancer", "mine", "--plugin", "uniform.py")
+    assert code == 0
+    assert "Do as none does." in out
+    override = "model.block.feedforward.balancer={use: mine}"
+    assert shell("check", "deepseek-v3", override, "--plugin", "uniform.py")[0] == 0
+    assert shell("check", "deepseek-v3", override)[0] == 2
+
+
+TRAIN = ["train", "v3-tiny", *SMALL, "train.tokens=240", "--out", "run"]
+
+
+def test_train_runs_resumes_and_refuses_to_overwrite(shell: Shell) -> None:
+    code, out, err = shell(*TRAIN)
+    assert code == 0, err
+    assert "objectives.mtp: too short to tell" in out
+    assert "everything is in run" in out
+    code, _, err = shell(*TRAIN)
+    assert code == 2
+    assert "--resume" in err
+    assert shell(*TRAIN, "--resume")[0] == 0
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+
+
+def test_a_dead_piece_fails_the_run_and_is_named(shell: Shell) -> None:
+    arguments = [a for a in TRAIN if not a.startswith("train.tokens")]
+    code, _, err = shell(*arguments, "train.tokens=4848", "train.lr=0.003", "objectives.sequence_balance.weight=0.0")
+    assert code == 1
+    assert err.strip() == "objectives.sequence_balance had no effect: its weight was 0 all along"
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_and_names_it(shell: Shell) -> None:
+    code, _, err = shell(*TRAIN, "guard={use: raise}", "train.lr=1.0e+30")
+    assert code == 1
+    assert "stopped before the update" in err
+    assert "Traceback" not in err
+
+
+def test_doctor_says_what_is_here(shell: Shell) -> None:
+    code, out, _ = shell("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["torch"].startswith("2.")
+    assert found["broken plugins"] == []
+
+
+def test_help_and_usage_errors_import_no_torch() -> None:
+    for arguments in (["--help"], ["train", "--help"], ["trian"]):
+        code = (
+            "import sys\nfrom tangram.core.cli import main\n"
+            f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,91 @@
+"""Selective recomputation over whole blocks: not a bit of a gradient moves, and less is held."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from attrs import evolve
+from builders import SMALL_BLOCK, SMALL_MLA, context, documents, filled, normal
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tangram.core.block import Block
+from tangram.core.experiment import BlockConfig
+from tangram.core.records import Carry
+from tangram.plugins.attention.gqa import GQAConfig
+from tangram.plugins.moe.swiglu import SwiGLUConfig
+
+DIM = 6
+BLOCKS = {
+    "mla and moe": SMALL_BLOCK,
+    "mla and swiglu": BlockConfig(attention=evolve(SMALL_MLA, q_rank=None), feedforward=SwiGLUConfig(hidden=7)),
+    "gqa and moe": evolve(SMALL_BLOCK, attention=GQAConfig(n_heads=2, head_dim=4)),
+}
+EVERY = pytest.mark.parametrize("config", BLOCKS.values(), ids=BLOCKS.keys())
+
+
+def worked(config: BlockConfig, policy: str, x: Tensor, segments: list[list[int]]) -> tuple[Block, Tensor]:
+    """Return a block and its output, each phase in a scope of its own as a model runs it."""
+    block = filled(Block(config, context(DIM, recompute=policy)), 0)
+    carry = Carry(hidden=x)
+    for phase in block.phases(*documents(segments)):
+        with block.recompute.scope():
+            carry = phase.fn(carry)
+    assert carry.hidden is not None
+    return block, carry.hidden
+
+
+class Watch(TorchDispatchMode):
+    """Remembers every storage that is made inside, without holding it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                ref = StorageWeakRef(storage)
+                self.made.setdefault(ref.cdata, (ref, storage.nbytes()))
+        return out
+
+    def held(self) -> int:
+        gc.collect()
+        return sum(size for ref, size in self.made.values() if not ref.expired())
+
+
+def held(run: Callable[[], tuple[Block, Tensor]]) -> int:
+    """Return the bytes that are alive after a forward because its backward wants them."""
+    with Watch() as watch:
+        kept = run()
+    assert kept[1].requires_grad
+    return watch.held()
+
+
+@EVERY
+@pytest.mark.parametrize("segments", [[[0] * 5, [0] * 5], [[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]])
+def test_gradients_are_those_of_the_plain_forward_bit_for_bit(config, segments):
+    grads = []
+    for policy in ("none", "selective"):
+        x = normal(2, 5, DIM, seed=1).requires_grad_()
+        block, out = worked(config, policy, x, segments)
+        out.sin().sum().backward()
+        named = {name: parameter.grad for name, parameter in block.named_parameters()}
+        grads.append({"out": out.detach(), "x": x.grad, **named})
+    for name, plain in grads[0].items():
+        assert plain is not None and bool(plain.any()), name
+        assert torch.equal(plain, grads[1][name]), name
+
+
+@EVERY
+def test_less_is_held_for_backward(config):
+    x = normal(2, 64, DIM, seed=1).requires_grad_()
+    plain, saving = (
+        held(lambda policy=policy: worked(config, policy, x, [[0] * 64] * 2)) for policy in ("none", "selective")
+    )
+    print(plain, saving)

@@ -1,0 +1,24 @@
+"""Finds files that were imported under two names: such a module has two copies of its state."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+BARE = ("core", "kernels", "plugins", "presets", "testing")
+"""Folders of the repository that are imported below `tangram` only."""
+
+
+def imported_twice(modules: Mapping[str, ModuleType], root: Path) -> list[str]:
+    """Return a line for each file below `root` behind several of `modules`, and for each bare name."""
+    copies: defaultdict[Path, dict[int, str]] = defaultdict(dict)
+    for name, module in list(modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and (path := Path(file).resolve()).is_relative_to(root.resolve()):
+            copies[path].setdefault(id(module), name)
+    lines = [
+        f"{path.relative_to(root.resolve())} is imported as {' and as '.join(sorted(names.values()))}"
+        for path, names in sorted(copies.items())
+        if len(names) > 1
+    ]
+    return lines + [f"`{name}` is imported: say `tangram.{name}`" for name in BARE if name in modules]
