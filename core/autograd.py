@@ -12,6 +12,7 @@ from tangram.kernels import (
     grouped_matmul_input_grad,
     grouped_matmul_weight_grad,
     linear_cross_entropy,
+    product,
 )
 
 
@@ -54,17 +55,16 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, weight_grads):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.weight, ctx.weight_grads = weight, weight_grads
-        return x @ weight.to(x.dtype).t()
+        return product(x, weight.to(x.dtype).t())
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         weight = ctx.weight
-        x_grad = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        x_grad = product(grad, weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
 
         def weight_grad() -> Tensor:
-            product: Tensor = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-            return product.to(weight.dtype)
+            return product(grad.flatten(0, -2).t(), x.flatten(0, -2)).to(weight.dtype)
 
         return x_grad, ctx.weight_grads.give(weight, weight_grad) if ctx.needs_input_grad[1] else None, None
 
@@ -87,11 +87,7 @@ class _GroupedLinear(torch.autograd.Function):
         rows, counts = ctx.saved_tensors
         weight = ctx.weight
         grad = grad.contiguous()
-        rows_grad = (
-            grouped_matmul_input_grad(grad, weight.to(grad.dtype), counts)
-            if ctx.needs_input_grad[0]
-            else None
-        )
+        rows_grad = grouped_matmul_input_grad(grad, weight.to(grad.dtype), counts) if ctx.needs_input_grad[0] else None
 
         def weight_grad() -> Tensor:
             return grouped_matmul_weight_grad(grad, rows, counts).to(weight.dtype)

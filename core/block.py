@@ -55,9 +55,7 @@ class Block(nn.Module):
             Phase("combine", "comm", combine),
         ]
 
-    def forward(
-        self, x: Tensor, positions: Tensor, segments: Tensor, cache: Cache | None = None
-    ) -> FeedForwardOut:
+    def forward(self, x: Tensor, positions: Tensor, segments: Tensor, cache: Cache | None = None) -> FeedForwardOut:
         """Return the residual stream [B, S, D] after the block, and its router's statistics."""
         carry = Carry(hidden=x)
         for phase in self.phases(positions, segments, cache):

@@ -128,38 +128,32 @@ def optimizer_state(optimizer: torch.optim.Optimizer, addresses: Mapping[nn.Para
     }
 
 
-def load_optimizer(
-    path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> None:
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
     """Load the optimizer's state by address."""
     for name, value in read_file(path, "optimizer").items():
         address, _, key = name.rpartition("/")
         if address not in parameters:
-            raise CheckpointError(
-                f"{path / 'optimizer.safetensors'}: no parameter {address} in the experiment"
-            )
+            raise CheckpointError(f"{path / 'optimizer.safetensors'}: no parameter {address} in the experiment")
         optimizer.state[parameters[address]][key] = value
 
 
 def _write_state(path: Path, content: State) -> None:
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
-    tensors = {
-        key: value.detach().cpu().contiguous() for key, value in content.items() if isinstance(value, Tensor)
-    }
+    tensors = {key: value.detach().cpu().contiguous() for key, value in content.items() if isinstance(value, Tensor)}
     values = {key: value for key, value in content.items() if not isinstance(value, Tensor)}
-    _write(path, save(tensors, metadata={"values": json.dumps(values)}))
+    save_file(tensors, path, metadata={"values": json.dumps(values)})
+    _sync(path)
 
 
 def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)
+    _sync(path)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

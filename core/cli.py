@@ -1,6 +1,7 @@
 """The command line. Commands are thin: they read, call the core and print; torch is imported inside them."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from tangram.core.presets import Resolved
     from tangram.core.run import Outcome
 
-OK, FAILED, USAGE, BROKEN = 0, 1, 2, 3
-"""Exit codes: all went well; the run failed; usage or config; a plugin that is named does not load."""
+OK, FAILED, USAGE, BROKEN, STOPPED = 0, 1, 2, 3, 75
+"""Exit codes: all went well; the run failed; usage or config; a plugin that is named does not load; interrupted."""
 
 app = App(
     name="tangram",
@@ -124,9 +125,7 @@ def _describe_preset(preset: str, overrides: Sequence[str], json_: bool, plugin:
 
 
 @app.command
-def show(
-    preset: str, /, *overrides: Overrides, origin: bool = False, json_: Json = False, plugin: Files = ()
-) -> int:
+def show(preset: str, /, *overrides: Overrides, origin: bool = False, json_: Json = False, plugin: Files = ()) -> int:
     """Show a preset resolved, every default spelled out.
 
     Args:
@@ -225,13 +224,13 @@ def train(
         out: The run directory; by default runs/<name>-<hash>.
         resume: Go on from the newest checkpoint there.
     """
-    from tangram.core.contracts import NonFinite
+    from tangram.core.contracts import NonFiniteError
     from tangram.core.run import train as run
 
     resolved = _resolve(preset, overrides, plugin)
     try:
         outcome = _building(resolved, lambda: run(resolved.experiment, out, resume=resume))
-    except NonFinite as error:
+    except NonFiniteError as error:
         return _fail(f"stopped before the update: {error}")
     _print_outcome(outcome)
     if outcome.dead:
@@ -243,9 +242,8 @@ def _print_outcome(outcome: "Outcome") -> None:
     report = outcome.evaluation
     if report is not None and report.bits_per_byte is not None:
         others = ", ".join(f"{name} {bits:.3f}" for name, bits in outcome.references.items())
-        _print(
-            f"held-out text ({report.n_bytes:,} bytes): {report.bits_per_byte:.3f} bits per byte; the same text by {others}"
-        )
+        ours = f"{report.bits_per_byte:.3f} bits per byte"
+        _print(f"held-out text ({report.n_bytes:,} bytes): {ours}; the same text by {others}")
     if outcome.sample:
         _print(f"sample:\n{outcome.sample}")
     for piece in outcome.pieces:
@@ -292,7 +290,8 @@ def _building(resolved: "Resolved", build: Callable[[], _T]) -> _T:
     try:
         return build()
     except BuildError as error:
-        raise ConfigError([Problem(resolved.origin(error.path), error.path, error.message)]) from error
+        origin = resolved.blame(error.path, error.message)
+        raise ConfigError([Problem(origin, error.path, error.message)]) from error
 
 
 def _print(text: str) -> None:
@@ -307,8 +306,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    console.print(table if console.is_terminal else table, soft_wrap=not console.is_terminal)
+    Console(highlight=False, markup=False).print(table)
 
 
 def _json(value: Mapping[str, object]) -> int:
@@ -328,12 +326,15 @@ def _fail(message: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code. A user's mistake is one line or a few, never a traceback."""
+    # Before torch is loaded: threads that spin while they wait take the cores from whoever has work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         sys.exit(USAGE)
     except KeyboardInterrupt:
-        sys.exit(_interrupted())
+        print("interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(STOPPED)
     except Exception as error:
         known = _exit_code(error)
         if known is None:
@@ -341,11 +342,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error, file=sys.stderr)
         sys.exit(known)
     sys.exit(code if isinstance(code, int) else OK)
-
-
-def _interrupted() -> int:
-    print("interrupted; go on from the last checkpoint with --resume", file=sys.stderr)
-    return FAILED
 
 
 def _exit_code(error: Exception) -> int | None:

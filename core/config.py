@@ -205,17 +205,13 @@ class _Reader:
             raise ConfigError(self._problems)
         return tree or Node(None, self.origin(0))
 
-    def _node(
-        self, event: Event, events: Iterator[Event], path: tuple[str, ...], line: int | None = None
-    ) -> Node:
+    def _node(self, event: Event, events: Iterator[Event], path: tuple[str, ...], line: int | None = None) -> Node:
         at: int = event.start_mark.line
         here = self.origin(at if line is None else line)
         if len(path) > MAX_DEPTH:
             raise self.error(at, "", f"is nested deeper than {MAX_DEPTH} levels")
         if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor is not None):
-            self._refuse(
-                at, path, "anchors and aliases are not read; write the value out, or extend a preset"
-            )
+            self._refuse(at, path, "anchors and aliases are not read; write the value out, or extend a preset")
         elif (tag := getattr(event, "tag", None)) is not None:
             self._refuse(at, path, f"tags such as {tag} are not read")
         if isinstance(event, MappingStartEvent):

@@ -310,9 +310,7 @@ class Precision(Protocol):
         """Return a linear without bias, x [..., d_in] -> [..., d_out]."""
         ...
 
-    def grouped_linear(
-        self, ctx: "Context", n: int, d_in: int, d_out: int, *, input: Input = "plain"
-    ) -> nn.Module:
+    def grouped_linear(self, ctx: "Context", n: int, d_in: int, d_out: int, *, input: Input = "plain") -> nn.Module:
         """Return `n` linears (the whole model's experts), (rows [M, d_in], counts [n]) -> [M, d_out]."""
         ...
 
@@ -352,12 +350,12 @@ class Guard(Protocol):
         """Return the verdict.
 
         Raises:
-            NonFinite: A loss or gradient is not finite and this guard stops runs.
+            NonFiniteError: A loss or gradient is not finite and this guard stops runs.
         """
         ...
 
 
-class NonFinite(Exception):
+class NonFiniteError(Exception):
     """A loss or a gradient is not finite; the message names which."""
 
 

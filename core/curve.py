@@ -216,9 +216,7 @@ def _misplaced(pieces: Sequence[Piece]) -> Iterator[Problem]:
     for i, piece in enumerate(pieces):
         end, last = piece.until, i == len(pieces) - 1
         if isinstance(piece, Ramp) and before is not None and piece.until.unit != before.unit:
-            text = (
-                "the ramp advances in {}, but the piece before ends at {} {}, so where it begins is not known"
-            )
+            text = "the ramp advances in {}, but the piece before ends at {} {}, so where it begins is not known"
             yield (i,), text.format(piece.until.unit, before.at, before.unit) + "; end both in the same unit"
         if last and isinstance(piece, Ramp):
             yield (i,), "the last piece cannot be a ramp; add {value: ...} to say what follows"

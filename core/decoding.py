@@ -35,9 +35,7 @@ def generate(model: Model, prompt: Tensor, count: int, *, temperature: float = 0
     return torch.cat(made, 1)
 
 
-def sample(
-    model: Model, tokenizer: Tokenizer, prompt: str, count: int, *, temperature: float, seed: int
-) -> str:
+def sample(model: Model, tokenizer: Tokenizer, prompt: str, count: int, *, temperature: float, seed: int) -> str:
     """Return `prompt` and its continuation by `count` tokens, up to the end of the document."""
     ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]])
     made = generate(model, ids, count, temperature=temperature, seed=seed)[0].tolist()

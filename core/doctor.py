@@ -32,9 +32,7 @@ def examine(plugins: Plugins) -> dict[str, object]:
         **{name: _version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": os.cpu_count() or 1,
-        "bfloat16 products": "native"
-        if native_bfloat16()
-        else "emulated; precision.compute=float32 is faster here",
+        "bfloat16 products": "native" if native_bfloat16() else "emulated; precision.compute=float32 is faster here",
         "free disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB",
         "writable": os.access(Path.cwd(), os.W_OK),
         "components": len(list(plugins.registry)),

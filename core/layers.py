@@ -79,9 +79,7 @@ class GroupedLinear(nn.Module):
         seed = int(torch.randint(2**62, ()))  # drawn, so that two modules built in a row differ
         with torch.no_grad():
             for expert, weight in enumerate(self.weight):
-                stream = torch.Generator(weight.device).manual_seed(
-                    (seed + 0x9E3779B97F4A7C15 * expert) % 2**63
-                )
+                stream = torch.Generator(weight.device).manual_seed((seed + 0x9E3779B97F4A7C15 * expert) % 2**63)
                 weight.normal_(std=self.init_std, generator=stream)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -103,9 +101,7 @@ class FullPrecision:
         """Return a `Linear`, whatever its input."""
         return Linear(ctx, d_in, d_out)
 
-    def grouped_linear(
-        self, ctx: "Context", n: int, d_in: int, d_out: int, *, input: Input = "plain"
-    ) -> nn.Module:
+    def grouped_linear(self, ctx: "Context", n: int, d_in: int, d_out: int, *, input: Input = "plain") -> nn.Module:
         """Return a `GroupedLinear`, whatever its input."""
         return GroupedLinear(ctx, n, d_in, d_out)
 

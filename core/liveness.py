@@ -78,9 +78,7 @@ class Liveness:
         if self.steps < MIN_STEPS:
             why = f"{self.steps} steps are too few to tell; {MIN_STEPS} are needed"
             names = [f"objectives.{name}" for name in model.weights(now)]
-            return [
-                Piece(name, None, why) for name in names + [self._balancer(layer) for layer in self.start]
-            ]
+            return [Piece(name, None, why) for name in names + [self._balancer(layer) for layer in self.start]]
         gradients = objective_gradients(model, batch, now)
         token = {name for name, _ in model.token_objectives()}
         pieces = [self._objective(name, gradients.get(name), name in token) for name in model.weights(now)]
@@ -93,9 +91,7 @@ class Liveness:
         if gradient is not None and not gradient > 0:
             return Piece(path, False, "its loss has no gradient")
         if not token:
-            return Piece(
-                path, True, f"gradient norm {gradient:.2g}" if gradient is not None else "it had a weight"
-            )
+            return Piece(path, True, f"gradient norm {gradient:.2g}" if gradient is not None else "it had a weight")
         early, late = self.first.get(name, []), self.last.get(name, [])
         if not early:
             return Piece(path, False, "no step was accepted")
@@ -130,7 +126,5 @@ def objective_gradients(model: Model, batch: Batch, now: Progress) -> dict[str, 
             norms[name] = 0.0
             continue
         grads = torch.autograd.grad(loss.value, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = math.sqrt(
-            sum(float(grad.double().square().sum()) for grad in grads if grad is not None)
-        )
+        norms[name] = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads if grad is not None))
     return norms

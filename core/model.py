@@ -68,11 +68,7 @@ class Model(nn.Module):
 
     def feedforwards(self) -> list[FeedForward]:
         """Return every feed-forward by layer: the trunk's, then those that objectives own."""
-        owned = [
-            feedforward
-            for _, objective in self.token_objectives()
-            for feedforward in objective.feedforwards()
-        ]
+        owned = [feedforward for _, objective in self.token_objectives() for feedforward in objective.feedforwards()]
         return [block.feedforward for _, block in self.trunk()] + owned
 
     @property
@@ -91,9 +87,7 @@ class Model(nn.Module):
         token = {name: objective.weight(now) for name, objective in self.token_objectives()}
         return token | {name: objective.weight(now) for name, objective in self.routing_objectives.items()}
 
-    def phases(
-        self, stage: int, batch: Batch, now: Progress, caches: Sequence[Cache] | None = None
-    ) -> list[Phase]:
+    def phases(self, stage: int, batch: Batch, now: Progress, caches: Sequence[Cache] | None = None) -> list[Phase]:
         """Return the whole forward as phases; without targets it ends with the trunk, for decoding."""
         phases = [Phase("embed", "compute", lambda carry: evolve(carry, hidden=self.embedding(batch.tokens)))]
         for layer, block in self.trunk():
@@ -139,9 +133,7 @@ class Model(nn.Module):
     def biases(self) -> dict[int, Tensor]:
         """Return the expert biases [E] of every layer whose balancer moves them."""
         balancers = {layer: feedforward.balancer for layer, feedforward in enumerate(self.feedforwards())}
-        return {
-            layer: found.bias() for layer, found in balancers.items() if found is not None and found.adaptive
-        }
+        return {layer: found.bias() for layer, found in balancers.items() if found is not None and found.adaptive}
 
 
 def _routing(objectives: Mapping[str, RoutingObjective], batch: Batch) -> Callable[[Carry], Carry]:
@@ -175,9 +167,7 @@ def initialize(model: nn.Module, seed: int) -> None:
             reset()
 
 
-def build_model(
-    experiment: Experiment, seed: int = 0, device: str = "cpu", parallel: Parallel | None = None
-) -> Model:
+def build_model(experiment: Experiment, seed: int = 0, device: str = "cpu", parallel: Parallel | None = None) -> Model:
     """Build the model of an experiment with its initial weights; on device `meta` without any.
 
     Raises:

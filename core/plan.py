@@ -74,7 +74,7 @@ class Plan:
         return sum(self.microbatches[: slot.flow]) + slot.microbatch
 
 
-class InvalidPlan(ValueError):
+class PlanError(ValueError):
     """A plan that no executor may run; the message names the first fault."""
 
 
@@ -82,7 +82,7 @@ def validate(plan: Plan) -> None:
     """Check that every slot is worked once, on its rank, forward before input before weight backward.
 
     Raises:
-        InvalidPlan: Something is missing, doubled, misplaced or out of order.
+        PlanError: Something is missing, doubled, misplaced or out of order.
     """
     expected = {
         Slot(flow, stage, microbatch)
@@ -95,22 +95,20 @@ def validate(plan: Plan) -> None:
         for position, action in enumerate(actions):
             slot = action.slot
             if slot not in expected:
-                raise InvalidPlan(f"rank {rank}: {action} works a slot that does not exist: {slot}")
+                raise PlanError(f"rank {rank}: {action} works a slot that does not exist: {slot}")
             if plan.place[slot.flow, slot.stage] != rank:
-                raise InvalidPlan(
-                    f"rank {rank}: {action} belongs to rank {plan.place[slot.flow, slot.stage]}"
-                )
+                raise PlanError(f"rank {rank}: {action} belongs to rank {plan.place[slot.flow, slot.stage]}")
             if (slot, action.op) in done:
-                raise InvalidPlan(f"rank {rank}: {action} is done twice")
+                raise PlanError(f"rank {rank}: {action} is done twice")
             done[slot, action.op] = position
     for slot in sorted(expected):
         ops = [op for op in Op if (slot, op) in done]
         allowed = [[Op.FORWARD, Op.BACKWARD], [Op.FORWARD, Op.INPUT_BACKWARD, Op.WEIGHT_BACKWARD]]
         if ops not in (allowed if plan.trains else [[Op.FORWARD]]):
-            raise InvalidPlan(f"{slot} is worked as {[op.value for op in ops]}")
+            raise PlanError(f"{slot} is worked as {[op.value for op in ops]}")
         for first, then in pairwise(ops):
             if done[slot, first] > done[slot, then]:
-                raise InvalidPlan(f"{slot}: {then.value} stands before {first.value}")
+                raise PlanError(f"{slot}: {then.value} stands before {first.value}")
 
 
 def sequential(microbatches: int) -> Plan:

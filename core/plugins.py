@@ -143,9 +143,7 @@ class Plugins:
         shipped: dict[str, Path] = {}
         for hook in self.manager.get_hookcallers(plugin) or ():
             if hook.name != "tangram_presets":
-                raise PluginError(
-                    f"{hook.name} is for an observer, which a preset names; a module never hears it"
-                )
+                raise PluginError(f"{hook.name} is for an observer, which a preset names; a module never hears it")
             for impl in hook.get_hookimpls():
                 if impl.plugin is plugin:
                     shipped |= {Path(path).stem: Path(path) for path in _files(impl.function())}

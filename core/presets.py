@@ -49,12 +49,15 @@ class Resolved:
     origins: Mapping[str, Origin]
     file: Path
 
-    def origin(self, path: str) -> Origin:
-        """Return where `path` was written: a leaf, or the first written leaf below or beside what it is."""
+    def blame(self, path: str, text: str) -> Origin:
+        """Return where `text`, said of the component at `path`, was written: a leaf that it names, or any below."""
         while path:
-            for leaf, origin in self.origins.items():
-                if (leaf == path or leaf.startswith(f"{path}.")) and origin != DEFAULT:
-                    return origin
+            below = {
+                leaf: at for leaf, at in self.origins.items() if f"{leaf}.".startswith(f"{path}.") and at != DEFAULT
+            }
+            named = [at for leaf, at in below.items() if leaf.rpartition(".")[2] in text.split()]
+            if below:
+                return (named or list(below.values()))[0]
             path = path.rpartition(".")[0]
         return Origin(show_path(self.file))
 
@@ -149,9 +152,7 @@ def _names(extends: Node | None) -> Iterator[tuple[str, Origin]]:
         return
     for node in extends.value if isinstance(extends.value, list) else [extends]:
         if not isinstance(node.value, str):
-            raise ConfigError(
-                [Problem(node.origin, "extends", "expected the name of a preset, or a list of names")]
-            )
+            raise ConfigError([Problem(node.origin, "extends", "expected the name of a preset, or a list of names")])
         yield node.value, node.origin
 
 
@@ -171,8 +172,7 @@ def _name_uses(tree: Node) -> Node:
         collection = tree.child(name)
         if collection is not None and isinstance(collection.value, dict):
             named = {
-                key: _with(node, "use", Node(key, node.origin), over=False)
-                for key, node in collection.value.items()
+                key: _with(node, "use", Node(key, node.origin), over=False) for key, node in collection.value.items()
             }
             tree = _with(tree, name, Node(named, collection.origin))
     return tree
@@ -229,7 +229,7 @@ def dump(experiment: Experiment) -> dict[str, Plain]:
 def to_yaml(experiment: Experiment) -> str:
     """Return `dump` as YAML for people: large round numbers as integers, flat lists on one line."""
     yaml = YAML()
-    yaml.width = 110
+    yaml.width = 120
     yaml.representer.ignore_aliases = lambda _: True
     text = io.StringIO()
     yaml.dump(_readable(dump(experiment)), text)

@@ -131,9 +131,7 @@ def rehearse(experiment: Experiment) -> int:
     while now.tokens < train.tokens:
         sequences = sequences_at(experiment, now)
         sizes.add(sequences // train.micro_sequences)
-        now = Progress(
-            now.step + 1, now.tokens + sequences * train.sequence_length, now.sequences + sequences
-        )
+        now = Progress(now.step + 1, now.tokens + sequences * train.sequence_length, now.sequences + sequences)
     for microbatches in {min(sizes), max(sizes)}:
         built("parallel.pipeline", pipeline.schedule, 1, microbatches)
     return now.step
@@ -228,9 +226,7 @@ class _Session:
         if train.prompt and run.data.tokenizer is not None:
             from tangram.core.decoding import sample as continued
 
-            sample = continued(
-                run.model, run.data.tokenizer, train.prompt, 96, temperature=0.7, seed=train.seed
-            )
+            sample = continued(run.model, run.data.tokenizer, train.prompt, 96, temperature=0.7, seed=train.seed)
         probe = run.data.batch(run.progress, train.micro_sequences)
         pieces = tuple(self.liveness.judge(run.model, probe, run.progress))
         return Outcome(self.directory, report, view.references, pieces, sample, peak_rss())
@@ -260,9 +256,7 @@ class _Session:
     def resume(self) -> checkpoint.Found:
         found = checkpoint.newest(self.directory / "checkpoints")
         if found is None:
-            raise RunError(
-                f"{self.directory} has no checkpoint to resume from; leave out --resume to start anew"
-            )
+            raise RunError(f"{self.directory} has no checkpoint to resume from; leave out --resume to start anew")
         run, state = self.run, checkpoint.read_state(found.path)
         for name, have in (("experiment", digest(run.experiment)), ("data", run.data.fingerprint)):
             if state[name] != have:
@@ -288,15 +282,13 @@ def train(experiment: Experiment, out: str | Path | None = None, *, resume: bool
     Raises:
         RunError: The directory holds another run, or nothing to resume.
         BuildError: A component refuses its surroundings.
-        NonFinite: The guard stopped the run.
+        NonFiniteError: The guard stopped the run.
     """
     directory = Path(out) if out else Path("runs") / f"{experiment.name}-{digest(experiment)}"
     if not resume and (directory / "experiment.yaml").exists():
         raise RunError(f"{directory} holds a run already; continue it with --resume or choose another --out")
     run = assemble(experiment)
-    observers = {
-        name: built(f"observers.{name}", config.build) for name, config in experiment.observers.items()
-    }
+    observers = {name: built(f"observers.{name}", config.build) for name, config in experiment.observers.items()}
     session = _Session(run, directory, observers, run_manager(observers).hook)
     if resume:
         session.resume()

@@ -36,9 +36,7 @@ def summary(config: type) -> str:
 
 def fields(config: type) -> list[Field]:
     """Return the keys of a config class in order."""
-    documented = {
-        param.arg_name: param.description or "" for param in parse(inspect.getdoc(config) or "").params
-    }
+    documented = {param.arg_name: param.description or "" for param in parse(inspect.getdoc(config) or "").params}
     hints = get_type_hints(config)
     return [
         Field(

@@ -39,13 +39,11 @@ def train_step(run: Trainer, batch: Batch) -> StepReport:
     """Take one optimizer step on the global `batch`.
 
     Raises:
-        NonFinite: The guard stops the run.
+        NonFiniteError: The guard stops the run.
     """
     now = run.progress
     lr = set_lr(run.optimizer, run.experiment.train.lr(now))
-    result = run.executor.run(
-        batch, now
-    )  # forward, backward and, after the last weight gradient, the reduction
+    result = run.executor.run(batch, now)  # forward, backward and, after the last weight gradient, the reduction
     norm = run.sharding.clip(run.experiment.train.clip)
     verdict = run.guard.judge(result, norm)
     if verdict is Verdict.ACCEPT:

@@ -209,9 +209,7 @@ def _refused(cls: type, values: Mapping[str | int, object]) -> list[Exception]:
     return errors
 
 
-def _gather(
-    converter: cattrs.Converter, parts: Iterable[_Part]
-) -> tuple[dict[str | int, object], list[Exception]]:
+def _gather(converter: cattrs.Converter, parts: Iterable[_Part]) -> tuple[dict[str | int, object], list[Exception]]:
     """Return the parts that could be structured, and the errors of the others."""
     values: dict[str | int, object] = {}
     errors: list[Exception] = []
@@ -242,9 +240,7 @@ def _at(step: str | int, error: Exception) -> Exception:
 
 def _leaves(error: BaseException, path: _Path) -> Iterator[tuple[_Path, BaseException]]:
     """Yield every single error with the path to it."""
-    path += tuple(
-        note.index for note in getattr(error, "__notes__", ()) if isinstance(note, IterableValidationNote)
-    )
+    path += tuple(note.index for note in getattr(error, "__notes__", ()) if isinstance(note, IterableValidationNote))
     if isinstance(error, BaseValidationError):
         for inner in error.exceptions:
             yield from _leaves(inner, path)
@@ -255,7 +251,7 @@ def _leaves(error: BaseException, path: _Path) -> Iterator[tuple[_Path, BaseExce
 
 
 def _problems(tree: Node, leaves: Iterable[tuple[_Path, BaseException]]) -> list[Problem]:
-    """Place errors; what one written value does in several blocks that inherit it is told once."""
+    """Place errors, in the order of the file; what one written value does in several blocks is told once."""
     problems: dict[object, Problem] = {}
     for path, error in leaves:
         node, depth = tree, 0
@@ -264,7 +260,7 @@ def _problems(tree: Node, leaves: Iterable[tuple[_Path, BaseException]]) -> list
         text = _render(error)
         problem = Problem(node.origin, ".".join(map(str, path)), text)
         problems.setdefault((id(node), path[depth:], text), problem)
-    return list(problems.values())
+    return sorted(problems.values(), key=lambda p: (p.origin.file, p.origin.line or 0) if p.origin else ("", 0))
 
 
 def _render(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from tangram.kernels.grouped_matmul import (
     grouped_matmul_weight_grad,
 )
 from tangram.kernels.permute import Order, order_by_expert, permute, unpermute
-from tangram.kernels.products import accumulator, native_bfloat16, product_dtype
+from tangram.kernels.products import accumulator, native_bfloat16, product, product_dtype
 from tangram.kernels.rmsnorm import rmsnorm
 from tangram.kernels.rope import Yarn, frequencies, rope, rotate, rotation
 from tangram.kernels.swiglu import swiglu
@@ -32,6 +32,7 @@ __all__ = [
     "native_bfloat16",
     "order_by_expert",
     "permute",
+    "product",
     "product_dtype",
     "rmsnorm",
     "rope",

@@ -3,17 +3,17 @@
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j      over j <= i with segment_j = segment_i
 
 Which product runs was measured on a CPU: up to `BLOCKED` positions a product in blocks that skips most of the upper
-triangle beats `scaled_dot_product_attention` (whose CPU kernel also falls back to a slow path, without a word, when
-the value width differs from the key width); beyond, its saved probabilities cost too much memory, and the library's
-kernel with padded values is used. Documents are worked one by one instead of under a dense mask.
+triangle beats `scaled_dot_product_attention`; beyond, the library's kernel wins, and keeps no probabilities. Its values
+are padded to the width of the keys: with other widths it falls back to a path two to three times slower, without a
+word. Documents are worked one by one instead of under a dense mask.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCKED = 1024
-"""Longest sequence that takes the product in blocks."""
+BLOCKED = 512
+"""Longest sequence that takes the product in blocks: `python benchmarks/attention_cpu.py` shows the crossover."""
 
 _BLOCKS = 4
 

@@ -58,9 +58,7 @@ def linear_cross_entropy(
         ValueError: The dtypes differ, or `chunk` is not positive.
     """
     if x.dtype is not weight.dtype:
-        raise ValueError(
-            f"hidden states are {x.dtype} and the head is {weight.dtype}; cast one to the other's dtype"
-        )
+        raise ValueError(f"hidden states are {x.dtype} and the head is {weight.dtype}; cast one to the other's dtype")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it is the number of rows taken at once, at least 1")
     with torch.no_grad():
@@ -90,7 +88,7 @@ def _logits_grad(log_p: Tensor, target: Tensor, kept: Tensor, scale: float) -> T
     """
     grad = log_p.exp_()
     grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-    return grad.mul_(kept * scale)
+    return grad.mul_(kept.to(grad.dtype) * scale)  # a bool times a float would be float32
 
 
 def _add_product(total: Tensor, logits_grad: Tensor, rows: Tensor) -> None:

@@ -29,7 +29,7 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Raises:
         ValueError: The dtypes differ, or the counts do not fit.
     """
-    return _GroupedMatmul.apply(rows, weight, counts)  # type: ignore[no-any-return, no-untyped-call]
+    return _GroupedMatmul.apply(rows, weight, counts)  # type: ignore[no-any-return]
 
 
 def grouped_matmul_loop(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -103,9 +103,7 @@ def _offsets(counts: Tensor) -> Tensor:
 def _check(left: Tensor, right: Tensor, counts: Tensor) -> None:
     """Refuse what the fused product would answer with unwritten memory, where looking costs no sync."""
     if left.dtype is not right.dtype:
-        raise ValueError(
-            f"a grouped product of {left.dtype} and {right.dtype}; cast one to the other's dtype"
-        )
+        raise ValueError(f"a grouped product of {left.dtype} and {right.dtype}; cast one to the other's dtype")
     if counts.device.type == "cpu" and int(counts.sum()) != len(left):
         raise ValueError(f"counts sum to {int(counts.sum())}, but there are {len(left)} rows")
 

@@ -55,7 +55,7 @@ def order_by_expert(ids: Tensor, n_experts: int) -> Order:
 
 def permute(x: Tensor, order: Order) -> Tensor:
     """Return one row for each slot of `x` [N, D], in `order`, [N * K, D]."""
-    return _Permute.apply(x, order.index, order.inverse)  # type: ignore[no-any-return, no-untyped-call]
+    return _Permute.apply(x, order.index, order.inverse)  # type: ignore[no-any-return]
 
 
 def unpermute(rows: Tensor, gates: Tensor, order: Order) -> Tensor:
@@ -68,10 +68,8 @@ def unpermute(rows: Tensor, gates: Tensor, order: Order) -> Tensor:
         gates: Weights [N, K], of any floating dtype.
         order: What `order_by_expert` returned.
     """
-    out: Tensor = _Unpermute.apply(  # type: ignore[no-untyped-call]
-        rows, gates, order.index, order.inverse, order.slots
-    )
-    return out
+    args = rows, gates, order.index, order.inverse, order.slots
+    return _Unpermute.apply(*args)  # type: ignore[no-any-return]
 
 
 def _collect(rows: Tensor, inverse: Tensor, gates: Tensor | None = None) -> Tensor:

@@ -30,3 +30,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums over `dtype` are taken: at least float32, and float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, both of one dtype, in it."""
+    dtype = product_dtype(a)
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)

@@ -44,9 +44,7 @@ class Yarn(NamedTuple):
         return (1.0 + 0.1 * self.mscale * math.log(max(self.factor, 1.0))) ** 2
 
 
-def frequencies(
-    dim: int, theta: float, yarn: Yarn | None = None, device: torch.device | str | None = None
-) -> Tensor:
+def frequencies(dim: int, theta: float, yarn: Yarn | None = None, device: torch.device | str | None = None) -> Tensor:
     """Return the angle by which each of the `dim`/2 pairs turns per position, in radians, float32 [dim/2].
 
     Computed in float64.

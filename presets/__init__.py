@@ -1,1 +1,1 @@
-""""""
+"""Presets that ship with tangram."""

@@ -128,9 +128,7 @@ def curves(draw: st.DrawFn, low: float = 0.0, high: float = 1.0) -> Curve:
 
 
 @st.composite
-def configs(
-    draw: st.DrawFn, config: type[_T], overrides: Mapping[str, st.SearchStrategy[object]] | None = None
-) -> _T:
+def configs(draw: st.DrawFn, config: type[_T], overrides: Mapping[str, st.SearchStrategy[object]] | None = None) -> _T:
     """Draw a valid instance of an attrs config class.
 
     Booleans, numbers, strings and Literals are drawn within the bounds of the field's validators (`ge`, `gt`,
@@ -211,16 +209,8 @@ class _Bounds:
 
     def integers(self) -> st.SearchStrategy[int]:
         """Return the integers within, at most `_SPAN` from the nearer bound."""
-        low = (
-            None if math.isinf(self.low) else math.floor(self.low) + 1 if self.above else math.ceil(self.low)
-        )
-        high = (
-            None
-            if math.isinf(self.high)
-            else math.ceil(self.high) - 1
-            if self.below
-            else math.floor(self.high)
-        )
+        low = None if math.isinf(self.low) else math.floor(self.low) + 1 if self.above else math.ceil(self.low)
+        high = None if math.isinf(self.high) else math.ceil(self.high) - 1 if self.below else math.floor(self.high)
         if low is None:
             low = -_SPAN if high is None else high - _SPAN
         return st.integers(low, low + _SPAN if high is None else high)

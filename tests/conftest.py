@@ -11,9 +11,7 @@ from hypothesis import settings
 from imports import imported_twice
 
 settings.register_profile("dev", max_examples=25, deadline=None)
-settings.register_profile(
-    "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True, database=None
-)
+settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, print_blob=True, database=None)
 settings.register_profile("soak", max_examples=2000, deadline=None)
 
 PROFILE = os.environ.get("TANGRAM_PROFILE") or ("ci" if os.environ.get("CI") else "dev")

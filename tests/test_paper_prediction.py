@@ -47,9 +47,7 @@ def test_next_token_of_a_clueless_head_is_log_vocabulary() -> None:
     assert float(next_token(certain, targets)) == pytest.approx(0)
 
 
-@pytest.mark.parametrize(
-    ("segments", "targets", "kept"), [([0] * 6, 6, [5, 4]), ([0, 0, 0, 1, 1, 1], 5, [3, 1])]
-)
+@pytest.mark.parametrize(("segments", "targets", "kept"), [([0] * 6, 6, [5, 4]), ([0, 0, 0, 1, 1, 1], 5, [3, 1])])
 def test_mtp_divides_each_depth_by_all_targets(segments: list[int], targets: int, kept: list[int]) -> None:
     """A clueless head pays log V for each kept term; T stays the number of next-token targets."""
     row = packed(segments)
@@ -64,9 +62,7 @@ def test_mtp_joins_the_token_ahead_and_predicts_the_one_after() -> None:
     eye = torch.eye(5, dtype=torch.float64)
     keep = torch.cat([eye, torch.zeros(5, 5)], dim=1)
     ones = torch.ones(5)
-    copy = MTPDepth(
-        embedding_norm=ones, hidden_norm=ones, projection=keep, block=plain_block, output_norm=ones
-    )
+    copy = MTPDepth(embedding_norm=ones, hidden_norm=ones, projection=keep, block=plain_block, output_norm=ones)
     row = packed([0] * 6)
     hidden = normal(6, 5, seed=20).requires_grad_()
     cycle = torch.roll(eye, 1, 0) * 1e3
@@ -109,9 +105,7 @@ def test_each_depth_continues_what_the_head_read() -> None:
     hidden, signs = normal(6, 4, seed=27), torch.tensor([1.0, -1.0, -1.0, 1.0])
     first, ones = evolve(depth(4, 28), output_norm=signs), torch.ones(4)
     keep = torch.cat([torch.zeros(4, 4), torch.eye(4)], dim=1)
-    second = MTPDepth(
-        embedding_norm=ones, hidden_norm=ones, projection=keep, block=plain_block, output_norm=ones
-    )
+    second = MTPDepth(embedding_norm=ones, hidden_norm=ones, projection=keep, block=plain_block, output_norm=ones)
     tables = {"embedding": normal(5, 4, seed=30), "head": normal(5, 4, seed=31), "eps": 0.0, "n_targets": 6}
     further = {**row, "targets": torch.cat([row["targets"][1:], torch.tensor([IGNORE])])}
     one, both = (mtp(hidden, **row, depths=depths, **tables) for depths in ([first], [first, second]))

@@ -75,9 +75,7 @@ def test_yarn_has_the_released_scale_and_band() -> None:
     assert yarn.band(64, 10000.0) == (10, 23)
 
 
-@pytest.mark.parametrize(
-    ("pair", "ratio"), [(0, 1), (10, 1), (11, 0.925), (16, 0.55), (23, 0.025), (31, 0.025)]
-)
+@pytest.mark.parametrize(("pair", "ratio"), [(0, 1), (10, 1), (11, 0.925), (16, 0.55), (23, 0.025), (31, 0.025)])
 def test_yarn_slows_each_pair_by_the_published_ratio(pair: int, ratio: float) -> None:
     vector = torch.zeros(64, dtype=torch.float64)
     vector[2 * pair] = 1.0
@@ -264,9 +262,7 @@ def test_unnormalised_gates_are_scaled_affinities() -> None:
 
 def test_softmax_affinities_compete() -> None:
     u, centroids = normal(3, 4, seed=12), normal(6, 4, seed=13)
-    routes, affinities = route_group_limited(
-        u, centroids, torch.zeros(6), top_k=6, score="softmax", normalise=False
-    )
+    routes, affinities = route_group_limited(u, centroids, torch.zeros(6), top_k=6, score="softmax", normalise=False)
     assert close(affinities, torch.softmax(u @ centroids.T, -1))
     assert all(float(sum(route.values())) == pytest.approx(1) for route in routes)
 
@@ -313,9 +309,7 @@ def test_swiglu_gates_with_the_first_half() -> None:
 
 
 @given(experts=st.integers(1, 9), tokens=st.integers(1, 9), seed=st.integers(0, 99), data=st.data())
-def test_balance_terms_sum_to_experts_and_one(
-    experts: int, tokens: int, seed: int, data: st.DataObject
-) -> None:
+def test_balance_terms_sum_to_experts_and_one(experts: int, tokens: int, seed: int, data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, experts))
     affinities = torch.sigmoid(normal(tokens, experts, seed=seed))
     f, p = balance_terms(affinities, top_k)

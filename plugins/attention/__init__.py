@@ -1,1 +1,1 @@
-""""""
+"""How tokens see what came before."""

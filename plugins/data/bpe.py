@@ -45,9 +45,7 @@ _WORDS = (
     r"""| ?[\p{P}\p{S}]+[\r\n]*"""
     r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-_RECIPE = (
-    1  # part of every cache key; raise it with any change of the above, of `train` or of the ids' layout
-)
+_RECIPE = 1  # part of every cache key; raise it with any change of the above, of `train` or of the ids' layout
 _ENCODED_AT_ONCE = 64  # documents; the encodings of a whole corpus would take gigabytes
 
 
@@ -234,10 +232,6 @@ def _load_ids(path: Path, documents: Sequence[str], tokenizer: ByteLevelBPE) -> 
     except Exception:  # numpy raises many things on a damaged file
         return None
     n_bytes = sum(len(text.encode()) for text in documents)
-    if (
-        counts[BOS] != len(documents)
-        or counts[EOS] != len(documents)
-        or counts @ tokenizer.token_bytes() != n_bytes
-    ):
+    if counts[BOS] != len(documents) or counts[EOS] != len(documents) or counts @ tokenizer.token_bytes() != n_bytes:
         return None
     return ids

@@ -85,9 +85,7 @@ def _sources(root: Path) -> Iterator[Path]:
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
         paths += [
-            Path(folder, name)
-            for name in names
-            if name.endswith(".py") and not name.startswith("_sysconfigdata")
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
         ]
     yield from sorted(paths, key=lambda path: path.relative_to(root).parts)
 
@@ -114,9 +112,7 @@ def _read(path: Path, field: str) -> Iterator[str]:
     try:
         yield from reader(path, field)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
-        ) from error
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
 
@@ -155,9 +151,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         names = file.schema_arrow.names
         if field not in names:
             raise DataError(f"{path}: no column '{field}' (there are: {', '.join(names)}); set data.field")
-        rows = (
-            value for batch in file.iter_batches(columns=[field]) for value in batch.column(0).to_pylist()
-        )
+        rows = (value for batch in file.iter_batches(columns=[field]) for value in batch.column(0).to_pylist())
         for number, value in enumerate(rows, 1):
             yield _checked(value, f"{path}: row {number}", field)
 
@@ -169,7 +163,5 @@ def _checked(value: object, where: str, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: '{field}' holds half a surrogate pair at character {error.start}"
-        ) from error
+        raise DataError(f"{where}: '{field}' holds half a surrogate pair at character {error.start}") from error
     return value

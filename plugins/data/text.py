@@ -66,9 +66,7 @@ class TextConfig:
                 f"the training text holds {len(ids)} tokens, less than one sequence of {length} + 1: "
                 "give more text or lower train.sequence_length"
             )
-        apart = HeldOutText(
-            held_out, encoded(held_out, tokenizer, cache), tokenizer.token_bytes(), length, bos
-        )
+        apart = HeldOutText(held_out, encoded(held_out, tokenizer, cache), tokenizer.token_bytes(), length, bos)
         decides = (
             corpus.fingerprint(documents),
             self.held_out_every,
@@ -150,9 +148,7 @@ class HeldOutText:
         bos: BOS if documents are isolated, else None.
     """
 
-    def __init__(
-        self, documents: Sequence[str], ids: Ids, token_bytes: Int64, length: int, bos: int | None
-    ) -> None:
+    def __init__(self, documents: Sequence[str], ids: Ids, token_bytes: Int64, length: int, bos: int | None) -> None:
         self._text = "".join(documents).encode()
         self.n_bytes = len(self._text)
         self._ids = ids

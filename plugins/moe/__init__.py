@@ -1,1 +1,1 @@
-""""""
+"""What each token passes through: feed-forwards, routers, balancers, dispatchers."""

@@ -47,9 +47,8 @@ class GroupLimitedConfig:
             raise ValueError(f"n_groups {self.n_groups} does not divide the {n_experts} experts")
         reachable = n_experts // self.n_groups * self.top_groups
         if self.top_k > reachable:
-            raise ValueError(
-                f"top_k {self.top_k} is more than the {reachable} experts in {self.top_groups} of {self.n_groups} groups"
-            )
+            within = f"the {reachable} experts in {self.top_groups} of {self.n_groups} groups"
+            raise ValueError(f"top_k {self.top_k} is more than {within}")
         return GroupLimited(self, ctx, n_experts)
 
 

@@ -31,9 +31,7 @@ class MTPConfig:
 
     depth: int = field(default=1, validator=gt(0))
     weight: Curve = field(default=Curve.constant(0.3))
-    input: Literal["post_norm", "pre_norm"] = field(
-        default="post_norm", validator=in_(("post_norm", "pre_norm"))
-    )
+    input: Literal["post_norm", "pre_norm"] = field(default="post_norm", validator=in_(("post_norm", "pre_norm")))
 
     def build(self, ctx: Context, block: BlockConfig) -> Objective:
         """Build it."""

@@ -34,7 +34,9 @@ class ConsoleView:
     """Shows the run."""
 
     def __init__(self, every: float) -> None:
-        self.every, self.console = every, Console(highlight=False)
+        # Names and paths are no markup, and a line in a log stays one line.
+        plain = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.every, self.console = every, plain
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._shown = -math.inf

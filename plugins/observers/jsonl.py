@@ -1,6 +1,7 @@
 """metrics.jsonl, the truth of a run: one flat JSON object a step, one for each evaluation."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TextIO
@@ -55,7 +56,12 @@ class Jsonl:
 
     def _write(self, row: dict[str, float | int | str] | dict[str, float | int | bool]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(row) + "\n")
+        finite = {name: None if _not_finite(value) else value for name, value in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
+
+
+def _not_finite(value: float | str) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)  # which JSON cannot write
 
 
 def _keep(path: Path, step: int) -> None:
@@ -65,7 +71,7 @@ def _keep(path: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:  # the line that a crash cut off
             continue
-        if row["step"] <= step:
+        if row["step"] <= step and not (row["step"] == step and row.get("eval.complete")):  # it ends the run again
             rows.append(line + "\n")
     scratch = path.with_suffix(".writing")
     scratch.write_text("".join(rows), encoding="utf-8")

@@ -1,1 +1,1 @@
-""""""
+"""Where the work runs, and in which order."""

@@ -41,6 +41,8 @@ class Replicate:
         """Scale the gradients down to a global L2 norm of `limit`; leave them if the norm is not finite."""
         held = [(address, p.grad) for address, p in self.parameters if p.grad is not None]
         grads = [grad for _, grad in held]
+        if not grads:
+            return GradientNorm(0.0)
         norms = torch.stack(torch._foreach_norm(grads)).double()
         value = float(norms.norm())
         if not torch.isfinite(norms).all():

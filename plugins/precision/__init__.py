@@ -1,1 +1,1 @@
-""""""
+"""In which dtype products run."""

@@ -22,9 +22,7 @@ class FullConfig:
         compute: Dtype of activations and products. With float64 the parameters are float64 too: for proofs.
     """
 
-    compute: Literal["float32", "bfloat16", "float64"] = field(
-        default="float32", validator=in_(tuple(_DTYPES))
-    )
+    compute: Literal["float32", "bfloat16", "float64"] = field(default="float32", validator=in_(tuple(_DTYPES)))
 
     def build(self) -> Precision:
         """Build it."""

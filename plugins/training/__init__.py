@@ -1,1 +1,1 @@
-""""""
+"""What moves the weights, and what stops a bad step."""

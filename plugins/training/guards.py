@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from attrs import field, frozen
 from attrs.validators import gt
 
-from tangram.core.contracts import Guard, NonFinite, State
+from tangram.core.contracts import Guard, NonFiniteError, State
 from tangram.core.records import GradientNorm, Result, Verdict
 from tangram.core.registry import component
 
@@ -28,11 +28,11 @@ class Raise:
         """Return ACCEPT.
 
         Raises:
-            NonFinite: A loss or gradient is not finite.
+            NonFiniteError: A loss or gradient is not finite.
         """
         culprit = find_culprit(result, norm)
         if culprit:
-            raise NonFinite(culprit)
+            raise NonFiniteError(culprit)
         return Verdict.ACCEPT
 
 
@@ -62,12 +62,12 @@ class Skip:
         """Return ACCEPT, or SKIP for a bad step.
 
         Raises:
-            NonFinite: This is bad step number `limit` in a row.
+            NonFiniteError: This is bad step number `limit` in a row.
         """
         culprit = find_culprit(result, norm)
         self.in_a_row = self.in_a_row + 1 if culprit else 0
         if self.in_a_row >= self.limit:
-            raise NonFinite(f"{culprit}; {self.in_a_row} such steps in a row")
+            raise NonFiniteError(f"{culprit}; {self.in_a_row} such steps in a row")
         return Verdict.SKIP if culprit else Verdict.ACCEPT
 
     def state(self) -> State:

@@ -27,9 +27,7 @@ def _plain_gradients(*overrides: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("overrides", [(), ("model.recompute=selective",), ("objectives.mtp.depth=2",)])
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_gradients_equal_one_plain_graph_however_the_batch_is_cut(
-    micro: int, overrides: tuple[str, ...]
-) -> None:
+def test_gradients_equal_one_plain_graph_however_the_batch_is_cut(micro: int, overrides: tuple[str, ...]) -> None:
     run = trainer(exact(f"train.micro_sequences={micro}", *overrides))
     found, expected = backward(run), _plain_gradients(*overrides)
     assert found.keys() == expected.keys() == dict(run.model.named_parameters()).keys()

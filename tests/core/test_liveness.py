@@ -121,6 +121,4 @@ def test_the_gradient_of_each_loss_is_its_own() -> None:
     assert all(norm > 0 for norm in norms.values())
     assert all(p.grad is None for p in run.model.parameters())
     alone = assemble(tiny("objectives={mtp: null, sequence_balance: null}"))
-    assert objective_gradients(alone.model, batch, alone.progress)["next_token"] == pytest.approx(
-        norms["next_token"]
-    )
+    assert objective_gradients(alone.model, batch, alone.progress)["next_token"] == pytest.approx(norms["next_token"])

@@ -3,7 +3,7 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tangram.core.plan import Action, InvalidPlan, Op, Plan, Slot, forward_only, sequential, split, validate
+from tangram.core.plan import Action, Op, Plan, PlanError, Slot, forward_only, sequential, split, validate
 
 
 @given(st.integers(1, 200), st.integers(1, 64))
@@ -50,7 +50,7 @@ ONE = Slot(0, 0, 0)
     ],
 )
 def test_a_faulty_plan_is_refused_and_the_fault_named(plan: Plan, fault: str) -> None:
-    with pytest.raises(InvalidPlan, match=fault):
+    with pytest.raises(PlanError, match=fault):
         validate(plan)
 
 

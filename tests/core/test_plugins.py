@@ -130,6 +130,7 @@ def test_a_broken_plugin_is_listed_and_its_neighbours_load(kind, installed):
     assert "half" not in plugins.registry.uses("guard")
     assert plugins.registry.get("guard", "taken").origin == "acme-0 0.0"
     assert "acme" not in str(plugins.presets)
+    assert not [name for name, _ in plugins.manager.list_name_plugin() if name.startswith("acme-1")]
 
 
 def test_a_keyboard_interrupt_is_no_broken_plugin(installed):
@@ -140,9 +141,7 @@ def test_a_keyboard_interrupt_is_no_broken_plugin(installed):
 def test_plugins_that_break_alike_share_a_line(installed):
     plugins = installed({"one": "acme_gone", "two": "acme_gone"})
     plugins.broken = [Broken(broken.name, "acme", broken.error) for broken in plugins.broken]
-    assert (
-        plugins.report() == "one, two (acme) failed to load: ModuleNotFoundError: No module named 'acme_gone'"
-    )
+    assert plugins.report() == "one, two (acme) failed to load: ModuleNotFoundError: No module named 'acme_gone'"
 
 
 # --- files ---

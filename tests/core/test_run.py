@@ -7,7 +7,7 @@ import torch
 from tiny import tiny
 
 from tangram.core import load_run
-from tangram.core.contracts import NonFinite
+from tangram.core.contracts import NonFiniteError
 from tangram.core.experiment import Experiment
 from tangram.core.records import Progress
 from tangram.core.run import RunError, assemble, evaluate, rehearse, sequences_at, train
@@ -90,16 +90,11 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     for name, value in expected.items():
         assert torch.equal(resumed[name], value), name
     timing = ("seconds", "tokens_per_second")
-    kept = [
-        [{k: v for k, v in row.items() if k not in timing} for row in _rows(d)]
-        for d in (tmp_path / "run", whole)
-    ]
+    kept = [[{k: v for k, v in row.items() if k not in timing} for row in _rows(d)] for d in (tmp_path / "run", whole)]
     assert kept[0] == kept[1]
 
 
-def test_a_directory_with_a_run_is_not_overwritten(
-    uninterrupted: tuple[Experiment, Path], tmp_path: Path
-) -> None:
+def test_a_directory_with_a_run_is_not_overwritten(uninterrupted: tuple[Experiment, Path], tmp_path: Path) -> None:
     experiment, directory = uninterrupted
     with pytest.raises(RunError, match="holds a run already; continue it with --resume"):
         train(experiment, directory)
@@ -144,9 +139,7 @@ def test_a_number_that_is_not_finite_changes_nothing_and_is_named(where: str, tm
     if where == "weight":
         # An expert's weight: the losses of tokens that it sees are broken.
         run.model.blocks["1"].feedforward.down.weight.data[0, 0, 0] = math.nan
-        before["blocks.1.feedforward.down.weight"] = run.model.blocks[
-            "1"
-        ].feedforward.down.weight.data.clone()
+        before["blocks.1.feedforward.down.weight"] = run.model.blocks["1"].feedforward.down.weight.data.clone()
         culprit = "loss mtp is nan"
     else:
         # Finite losses with a gradient that is not: sqrt at zero.
@@ -158,7 +151,7 @@ def test_a_number_that_is_not_finite_changes_nothing_and_is_named(where: str, tm
         culprit = "the gradient of norm.weight"
         run.model.norm.weight.data.fill_(1.0)
         before["norm.weight"] = run.model.norm.weight.data.clone()
-    with pytest.raises(NonFinite, match=culprit):
+    with pytest.raises(NonFiniteError, match=culprit):
         train_step(run, batch)
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name]) or value.isnan().any(), name
@@ -174,7 +167,7 @@ def test_a_skipped_step_consumes_its_batch_and_updates_nothing() -> None:
         assert run.progress.step == step
         assert all(p.grad is None for p in run.model.parameters())
     assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
-    with pytest.raises(NonFinite, match="3 such steps in a row"):
+    with pytest.raises(NonFiniteError, match="3 such steps in a row"):
         train_step(run, run.data.batch(run.progress, 4))
 
 

@@ -80,8 +80,8 @@ def test_a_mistake_in_a_file_is_told_with_its_line(preset, tmp_path):
     said = refused(preset, replace={"dim: 16": "dimm: 16", "sequence_length: 8": "sequence_length: x"})
     file = f"{tmp_path}/toy.yaml"
     assert said == [
-        f"{file}:{toys.line_of('dim: 16')}: model.dimm: unknown key, did you mean 'dim'?",
         f"{file}:{toys.line_of('model:')}: model.dim: is missing",
+        f"{file}:{toys.line_of('dim: 16')}: model.dimm: unknown key, did you mean 'dim'?",
         f"{file}:{toys.line_of('sequence_length')}: train.sequence_length: expected an integer, got 'x'",
     ]
 
@@ -104,8 +104,8 @@ def test_one_mistake_that_many_blocks_inherit_is_told_once(preset):
     said = refused(preset, replace={"n_heads: 2": "n_heads: 0", "n_experts: 4": "n_expert: 4"})
     assert [line.split(": ", 1)[1] for line in said] == [
         "model.block.attention.n_heads: must be > 0, got 0",
-        "model.block.feedforward.n_expert: unknown key, did you mean 'n_experts'?",
         "model.block.feedforward.n_experts: is missing",
+        "model.block.feedforward.n_expert: unknown key, did you mean 'n_experts'?",
     ]
 
 
@@ -121,15 +121,9 @@ def test_all_malformed_overrides_are_told_together(preset):
 @pytest.mark.parametrize("config", COMPONENTS)
 @given(data=st.data())
 def test_every_component_alone_reads_back_what_it_writes(config, data):
-    drawn = (
-        data.draw(toys.attentions | toys.feedforwards)
-        if config is toys.Sparse
-        else data.draw(configs(config))
-    )
+    drawn = data.draw(toys.attentions | toys.feedforwards) if config is toys.Sparse else data.draw(configs(config))
     slot = mark_of(type(drawn)).slot
-    again = structure(
-        read(json.dumps(plain(drawn), ensure_ascii=False), "x"), SLOTS[slot], toys.plugins().registry
-    )
+    again = structure(read(json.dumps(plain(drawn), ensure_ascii=False), "x"), SLOTS[slot], toys.plugins().registry)
     assert again == drawn
     assert type(again) is type(drawn)
 

@@ -44,9 +44,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Tensor)
     return torch.stack(rows).view(*q.shape[:3], v.shape[-1])
 
 
-def compare(
-    length: int, widths: tuple[int, int, int, int], segments: Tensor, seed: int, dtype: torch.dtype
-) -> None:
+def compare(length: int, widths: tuple[int, int, int, int], segments: Tensor, seed: int, dtype: torch.dtype) -> None:
     inputs = drawn(length, widths, seed, dtype)
     scale = widths[2] ** -0.5
     out, expected = (fn(*inputs, scale, segments) for fn in (causal_attention, written_out))

@@ -45,7 +45,7 @@ def definition(x: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tupl
 def rooms(x: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """What rounding may do to the loss and the gradients, to first order and half as much again.
 
-    A logit is rounded to the dtype after a sum of D products; the softmax, its logarithm and the loss are sums
+    A logit is rounded to the dtype after a sum of D products; softmax, logarithm and loss are sums
     in the accumulator; the gradient at the logits and the product after it are rounded to the dtype.
     """
     outer, inner = (torch.finfo(t).eps for t in (x.dtype, torch.promote_types(x.dtype, torch.float32)))
@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_those_of_the_definition(dtype):
     )
     def law(n, d, v, chunk, ignored, seed):
         x, weight = drawn(seed, n, d, dtype=dtype), drawn(seed + 1, v, d, dtype=dtype)
-        targets, scale = some_targets(seed, n, v, ignored), 0.125
+        targets, scale = some_targets(seed, n, v, ignored), 1 / 7
         got = linear_cross_entropy(x, weight, targets, scale, chunk=chunk, gradients=True)
         assert [t.dtype for t in got if t is not None] == [wide, dtype, wide]
         want = definition(x, weight, targets, scale)
@@ -123,9 +123,7 @@ def test_ignored_rows_contribute_exactly_nothing(dtype):
 def test_the_target_to_ignore_can_be_any():
     x, weight, targets = drawn(0, 12, 4), drawn(1, 7, 4), some_targets(0, 12, 7, 0.5)
     usual = linear_cross_entropy(x, weight, targets, 0.5, gradients=False)
-    padding = linear_cross_entropy(
-        x, weight, targets.masked_fill(targets < 0, 7), 0.5, ignore=7, gradients=False
-    )
+    padding = linear_cross_entropy(x, weight, targets.masked_fill(targets < 0, 7), 0.5, ignore=7, gradients=False)
     assert torch.equal(usual.loss, padding.loss)
 
 

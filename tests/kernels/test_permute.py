@@ -43,9 +43,7 @@ def test_there_and_back_with_gates_that_sum_to_one_changes_nothing(shape, skew, 
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     order = order_by_expert(routing(seed, n, k, e, skew), e)
     gates = torch.full((n, k), 1.0).softmax(-1)
-    assert torch.allclose(
-        unpermute(permute(x, order), gates, order), x, rtol=4 * torch.finfo(gates.dtype).eps
-    )
+    assert torch.allclose(unpermute(permute(x, order), gates, order), x, rtol=4 * torch.finfo(gates.dtype).eps)
 
 
 @given(
@@ -137,6 +135,4 @@ def test_no_direction_scatters_into_activations():
     with Ops() as ops:
         unpermute(permute(x, order), gates, order).sum().backward()
     assert "index_select" in ops.names
-    assert not {
-        name for name in ops.names if "scatter" in name or name.startswith(("index_add", "index_put"))
-    }
+    assert not {name for name in ops.names if "scatter" in name or name.startswith(("index_add", "index_put"))}

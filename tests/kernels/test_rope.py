@@ -65,13 +65,7 @@ def test_a_product_depends_on_the_distance_alone(interleaved, seed, shift, dista
         return (at_q * rope(k, torch.tensor([[k_position]]), table, interleaved)).sum()
 
     # cos and sin of an angle near 2e5 in float64 are off by 2e5 eps.
-    room = (
-        4
-        * (shift + distance + 1)
-        * torch.finfo(torch.float64).eps
-        * 16
-        * float(q.abs().max() * k.abs().max())
-    )
+    room = 4 * (shift + distance + 1) * torch.finfo(torch.float64).eps * 16 * float(q.abs().max() * k.abs().max())
     assert abs(product(shift + distance, shift) - product(distance, 0)) <= room
 
 

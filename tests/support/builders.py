@@ -1,7 +1,7 @@
 """Small components in float64, filled with visible weights, and their weights under the paper's names.
 
-The paper's functions are given the component's own parameters, so that autograd gives both sides their gradients
-under the same names.
+The paper's functions are given the component's own parameters, so that autograd gives both sides their
+gradients under the same names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,10 @@ from tangram.plugins.moe.moe import MoE, MoEConfig
 from tangram.testing import tolerance
 
 EXACT_THETA = 4096.0
-"""A rotary base whose frequencies for widths 2, 4, 6 and 8 are powers of two: exact in the tables' float32."""
+"""A rotary base whose frequencies for widths 2, 4, 6 and 8 are powers of two: exact in float32 tables."""
 
 CONDITION = 64.0
-"""How many times rounding may grow in a gradient: a norm divides by its input's size, and latents of a sixty-fourth occur."""
+"""How many times rounding may grow: a norm divides by the size of its input, and latents of 1/64 occur."""
 
 SMALL_MLA = MLAConfig(n_heads=2, q_rank=5, kv_rank=6, nope_dim=3, rope_dim=4, value_dim=5, theta=EXACT_THETA)
 SMALL_MOE = MoEConfig(
@@ -46,15 +46,13 @@ SMALL_BLOCK = BlockConfig(attention=SMALL_MLA, feedforward=SMALL_MOE)
 M = TypeVar("M", bound=nn.Module)
 
 
-def context(
-    dim: int, *, compute: torch.dtype = torch.float64, recompute: str = "none", eps: float = 1e-6
-) -> Context:
+def context(dim: int, *, compute: torch.dtype = torch.float64, recompute: str = "none", eps: float = 1e-6) -> Context:
     precision = FullPrecision(compute)
     return Context(dim=dim, init_std=0.3, norm_eps=eps, precision=precision, recompute=Recompute(recompute))
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def filled(module: M, seed: int, std: float = 0.3) -> M:
@@ -104,16 +102,13 @@ def assert_same_function(
 ) -> None:
     """Assert equal values, and equal gradients of a drawn direction with respect to all of `wrt`.
 
-    All gradients have one scale, the largest of them or of the values: behind a norm of few values, or of gates
-    that are one whatever the scores, hardly more than rounding may be left of a gradient.
+    All gradients have one scale, the largest of them or of the values: behind a norm of few values, or of
+    gates that are one whatever the scores, hardly more than rounding may be left of a gradient.
     """
     bound = CONDITION * tolerance(torch.float64, length)
     assert (actual - expected).abs().max() <= bound * expected.abs().max()
     direction = normal(*actual.shape, seed=seed)
-    pairs = [
-        torch.autograd.grad(value, list(wrt.values()), direction, allow_unused=True, retain_graph=True)
-        for value in (actual, expected)
-    ]
+    pairs = [_gradients(value, list(wrt.values()), direction) for value in (actual, expected)]
     largest = max(float(t.abs().max()) for t in (expected.detach(), *pairs[1]) if t is not None)
     for name, one, other in zip(wrt, *pairs, strict=True):
         # The paper's loops never touch an expert that no token chose; the component's gradient of it is zero.
@@ -121,11 +116,17 @@ def assert_same_function(
         assert error <= bound * largest, f"the gradient of {name} is off by {error:.3g}, of {largest:.3g}"
 
 
+def _gradients(value: Tensor, wrt: list[Tensor], direction: Tensor) -> Sequence[Tensor | None]:
+    if not value.requires_grad:  # a sum without terms
+        return [None] * len(wrt)
+    return torch.autograd.grad(value, wrt, direction, allow_unused=True, retain_graph=True)
+
+
 def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad
 
 
-# --- the same weights under the paper's names -----------------------------------------------------------------
+# --- the same weights under the paper's names ------------------------------------------------------
 
 
 def mla_weights(module: MLA) -> dict[str, Tensor]:
@@ -171,8 +172,10 @@ def moe_weights(module: FeedForward) -> dict[str, Tensor]:
 def paper_block(block: Block, config: BlockConfig, eps: float = 1e-6) -> paper.Block:
     """Return a block of MLA and a group-limited MoE with shared experts, as the paper's equations have it."""
     attention, feedforward = config.attention, config.feedforward
-    assert isinstance(attention, MLAConfig) and isinstance(feedforward, MoEConfig)
-    assert isinstance(block.attention, MLA) and isinstance(block.feedforward, MoE)
+    assert isinstance(attention, MLAConfig)
+    assert isinstance(feedforward, MoEConfig)
+    assert isinstance(block.attention, MLA)
+    assert isinstance(block.feedforward, MoE)
     router = feedforward.router
     assert isinstance(router, GroupLimitedConfig)
     of_attention, of_experts = mla_weights(block.attention), moe_weights(block.feedforward)
@@ -205,13 +208,12 @@ def route(
     )
 
 
-def paper_depth(depth: nn.Module, config: BlockConfig, eps: float = 1e-6) -> paper.MTPDepth:
-    block = depth.get_submodule("block")
-    assert isinstance(block, Block)
+def paper_depth(depth: nn.Module, block: paper.Block) -> paper.MTPDepth:
+    """Return the weights of one depth of multi-token prediction around a block."""
     return paper.MTPDepth(
         embedding_norm=depth.get_parameter("embedding_norm.weight"),
         hidden_norm=depth.get_parameter("hidden_norm.weight"),
         projection=depth.get_parameter("projection.weight"),
-        block=paper_block(block, config, eps),
+        block=block,
         output_norm=depth.get_parameter("norm.weight"),
     )

@@ -107,9 +107,7 @@ def attend(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scal
     return torch.stack([chance * value for chance, value in zip(chances, values, strict=True)]).sum(0)
 
 
-def attend_all(
-    queries: Heads, keys: Heads, values: Heads, segments: Tensor, scale: float, output: Tensor
-) -> Tensor:
+def attend_all(queries: Heads, keys: Heads, values: Heads, segments: Tensor, scale: float, output: Tensor) -> Tensor:
     """Return attention [S, D], each token seeing itself and the earlier ones of its segment (equation 11)."""
     rows = []
     for t, heads in enumerate(queries):

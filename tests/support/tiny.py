@@ -13,6 +13,7 @@ SMALL = (
     "model.init_std=0.1",
     "model.block.attention={n_heads: 2, q_rank: 12, kv_rank: 8, nope_dim: 6, rope_dim: 4, value_dim: 5}",
     "model.block.feedforward={n_experts: 8, hidden: 8, router: {top_k: 2, n_groups: 4, top_groups: 2}}",
+    "model.block.feedforward.balancer.speed=0.001",
     "model.blocks.0={repeat: 1, feedforward: {hidden: 12}}",
     "model.blocks.1={repeat: 2}",
     "objectives.sequence_balance.weight=0.05",

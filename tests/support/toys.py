@@ -184,9 +184,7 @@ def plugins() -> Plugins:
     return found
 
 
-def resolved(
-    folder: Path, *overrides: str, replace: Mapping[str, str] | None = None, text: str = PRESET
-) -> Resolved:
+def resolved(folder: Path, *overrides: str, replace: Mapping[str, str] | None = None, text: str = PRESET) -> Resolved:
     """Write a preset with replacements to `folder`, and resolve it."""
     for old, new in (replace or {}).items():
         assert old in text
@@ -220,7 +218,5 @@ feedforwards = st.builds(Dense, hidden=counts) | st.builds(
     balancer=st.none() | st.builds(Free, speed=curves()),
     sizes=st.lists(st.integers(), max_size=3).map(lambda sizes: tuple(size % 2**60 for size in sizes)),
 )
-objectives = st.dictionaries(
-    names, st.builds(Guess, weight=curves()) | st.builds(Balance, weight=curves()), max_size=2
-)
+objectives = st.dictionaries(names, st.builds(Guess, weight=curves()) | st.builds(Balance, weight=curves()), max_size=2)
 rows = st.builds(Rows, files=st.lists(words, min_size=1, max_size=3).map(tuple), shuffle=st.booleans())

@@ -74,9 +74,7 @@ def test_the_message_names_the_worst_element() -> None:
     expected = torch.ones(2, 3)
     actual = expected.clone()
     actual[0, 1], actual[1, 2] = 1.1, 1.5
-    with pytest.raises(
-        AssertionError, match=r"logits: .* times over the limit, at \[1, 2\]: 1\.5, expected 1"
-    ):
+    with pytest.raises(AssertionError, match=r"logits: .* times over the limit, at \[1, 2\]: 1\.5, expected 1"):
         assert_close(actual, expected, msg="logits")
 
 

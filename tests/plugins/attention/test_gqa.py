@@ -32,12 +32,8 @@ def test_values_and_gradients_are_the_equations(kv_heads, sharing, pairs, cuts, 
     config = GQAConfig(n_heads=kv_heads * sharing, n_kv_heads=kv_heads, head_dim=2 * pairs, theta=EXACT_THETA)
     positions, segments = documents([torch.tensor([0, *row]).cumsum(0).tolist() for row in cuts])
     module, x = built(config, seed), normal(*positions.shape, DIM, seed=seed + 1).requires_grad_()
-    shape = paper.GQAShape(
-        n_heads=config.n_heads, n_kv_heads=kv_heads, head_dim=config.head_dim, theta=EXACT_THETA
-    )
-    rows = [
-        paper.gqa(h, gqa_weights(module), shape, *w) for h, *w in zip(x, positions, segments, strict=True)
-    ]
+    shape = paper.GQAShape(n_heads=config.n_heads, n_kv_heads=kv_heads, head_dim=config.head_dim, theta=EXACT_THETA)
+    rows = [paper.gqa(h, gqa_weights(module), shape, *w) for h, *w in zip(x, positions, segments, strict=True)]
     wrt = {"x": x, **dict(module.named_parameters())}
     assert_same_function(module(x, positions, segments), torch.stack(rows), wrt, length=LENGTH, seed=seed)
 

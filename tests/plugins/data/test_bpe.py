@@ -45,9 +45,7 @@ def is_never_called(*arguments: object) -> None:
 
 
 any_text = st.text(max_size=60) | st.lists(
-    st.sampled_from(
-        [*SPECIAL_TOKENS, "def f(x):\n", "  \t \r\n\n", "12345.678", "e\u0301", "👩‍💻", "中文かな", "\x00"]
-    )
+    st.sampled_from([*SPECIAL_TOKENS, "def f(x):\n", "  \t \r\n\n", "12345.678", "e\u0301", "👩‍💻", "中文かな", "\x00"])
 ).map("".join)
 
 
@@ -58,9 +56,7 @@ def test_any_text_comes_back_from_its_ids(tokenizer: ByteLevelBPE, text: str) ->
 
 
 @given(text=any_text)
-def test_text_never_gives_a_special_id_even_where_it_spells_a_special_token(
-    tokenizer: ByteLevelBPE, text: str
-) -> None:
+def test_text_never_gives_a_special_id_even_where_it_spells_a_special_token(tokenizer: ByteLevelBPE, text: str) -> None:
     assert all(i >= len(SPECIAL_TOKENS) for i in tokenizer.encode(text))
 
 
@@ -69,9 +65,7 @@ def test_the_bytes_of_its_tokens_are_the_bytes_of_the_text(tokenizer: ByteLevelB
     assert tokenizer.token_bytes()[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_special_tokens_stand_first_and_are_left_out_of_decoded_text(
-    tokenizer: ByteLevelBPE, tmp_path: Path
-) -> None:
+def test_special_tokens_stand_first_and_are_left_out_of_decoded_text(tokenizer: ByteLevelBPE, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
     saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = [saved.token_to_id(token) for token in SPECIAL_TOKENS]
@@ -171,9 +165,7 @@ def lose_a_mark(mark: int) -> Callable[[bytes], bytes]:
     ],
     ids=["empty", "cut", "zeros", "garbage", "renamed", "swapped", "no BOS", "no EOS"],
 )
-def test_a_damaged_cache_is_made_again(
-    tokenizer: ByteLevelBPE, cache: Cache, damage: Callable[[bytes], bytes]
-) -> None:
+def test_a_damaged_cache_is_made_again(tokenizer: ByteLevelBPE, cache: Cache, damage: Callable[[bytes], bytes]) -> None:
     ids = np.array(encoded(DOCUMENTS, trained(DOCUMENTS, VOCAB_SIZE, cache), cache))
     files = {path: path.read_bytes() for path in cache.folder.iterdir()}
     for path, content in files.items():
@@ -185,9 +177,7 @@ def test_a_damaged_cache_is_made_again(
 
 
 @pytest.fixture(params=["a file in the way", "a disk that fails"])
-def unwritable(
-    request: pytest.FixtureRequest, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Cache]:
+def unwritable(request: pytest.FixtureRequest, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
     if request.param == "a file in the way":
         cache.folder.write_bytes(b"")
     else:

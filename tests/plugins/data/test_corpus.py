@@ -42,9 +42,7 @@ def test_sources_come_by_path_without_tests_tables_and_installed_packages(librar
     kept = {"a.py": b"a", "b/z.py": b"b/z", "b.py": b"b", "b/c/d.py": b"b/c/d"}
     dropped = ["test/x.py", "b/tests/x.py", "b/idle_test/x.py", "site-packages/x.py", "dist-packages/x.py"]
     dropped += ["encodings/x.py", "config-3.11-linux/x.py", "_sysconfigdata_linux.py", "b/c.txt"]
-    write_tree(
-        library, kept | dict.fromkeys(dropped, b"dropped") | {"blank.py": b"\n", "latin.py": b"# \xe9"}
-    )
+    write_tree(library, kept | dict.fromkeys(dropped, b"dropped") | {"blank.py": b"\n", "latin.py": b"# \xe9"})
     assert standard_library() == ["a", "b/c/d", "b/z", "b"]
 
 
@@ -108,9 +106,7 @@ def test_parquet_gives_a_document_for_each_row(tmp_path: Path) -> None:
         from_files([str(path)], "body")
 
 
-def test_parquet_without_pyarrow_names_the_extra_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_without_pyarrow_names_the_extra_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path, {"a.parquet": b"PAR1"})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"pip install 'tangram-lm\[data\]'"):

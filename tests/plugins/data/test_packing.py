@@ -77,9 +77,7 @@ def test_windows_share_one_token_with_their_successor_in_the_stream(case: Case, 
 
 
 @given(cases(), st.integers(0, 5), st.data())
-def test_a_sequence_depends_on_the_seed_and_its_number_alone(
-    case: Case, epoch: int, data: st.DataObject
-) -> None:
+def test_a_sequence_depends_on_the_seed_and_its_number_alone(case: Case, epoch: int, data: st.DataObject) -> None:
     wanted = np.array(data.draw(st.lists(st.integers(0, case.n_windows - 1), min_size=1, max_size=5)))
     assert np.array_equal(case.epoch(epoch).places(wanted), case.all_places(epoch)[wanted])
 

@@ -18,12 +18,8 @@ def build(vocab_size: int = 50, *, length: int = 8, seed: int = 0, skew: float =
     return SyntheticConfig(skew=skew).build(train, vocab_size)
 
 
-@given(
-    st.integers(1, 300), st.integers(2, 20), st.integers(0, 2**40), st.integers(0, 10**9), st.integers(1, 6)
-)
-def test_sequences_are_well_formed_at_any_size(
-    vocab_size: int, length: int, seed: int, first: int, n: int
-) -> None:
+@given(st.integers(1, 300), st.integers(2, 20), st.integers(0, 2**40), st.integers(0, 10**9), st.integers(1, 6))
+def test_sequences_are_well_formed_at_any_size(vocab_size: int, length: int, seed: int, first: int, n: int) -> None:
     batch = build(vocab_size, length=length, seed=seed).batch(Progress(sequences=first), n)
     assert batch.targets is not None
     assert batch.tokens.shape == batch.targets.shape == (n, length)

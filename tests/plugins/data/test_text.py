@@ -98,9 +98,7 @@ def test_a_run_resumed_anywhere_sees_the_same_remainder(
 
 
 @given(start=st.integers(0, 500), each=st.integers(1, 3), ranks=st.integers(1, 4))
-def test_the_rows_of_the_ranks_are_disjoint_and_complete(
-    corpus: Path, start: int, each: int, ranks: int
-) -> None:
+def test_the_rows_of_the_ranks_are_disjoint_and_complete(corpus: Path, start: int, each: int, ranks: int) -> None:
     data = build(corpus)
     whole = data.batch(Progress(sequences=start), each * ranks)
     for rank in range(ranks):
@@ -122,9 +120,7 @@ def test_each_epoch_has_an_order_of_its_own_and_a_batch_may_span_several(corpus:
 
 
 @pytest.mark.parametrize("isolate", [False, True])
-def test_an_epoch_trains_on_the_training_documents_and_on_nothing_held_out(
-    corpus: Path, isolate: bool
-) -> None:
+def test_an_epoch_trains_on_the_training_documents_and_on_nothing_held_out(corpus: Path, isolate: bool) -> None:
     data = build(corpus, isolate=isolate)
     assert data.tokenizer is not None
     stream = [i for d in TRAINING for i in [BOS, *data.tokenizer.encode(d), EOS]]
@@ -144,9 +140,7 @@ def test_an_epoch_trains_on_the_training_documents_and_on_nothing_held_out(
 
 
 @given(length=st.integers(2, 70), n=st.integers(1, 9), isolate=st.booleans())
-def test_held_out_text_is_covered_once_to_the_last_byte(
-    corpus: Path, length: int, n: int, isolate: bool
-) -> None:
+def test_held_out_text_is_covered_once_to_the_last_byte(corpus: Path, length: int, n: int, isolate: bool) -> None:
     data = build(corpus, length=length, isolate=isolate)
     assert data.tokenizer is not None
     stream = [i for d in HELD_OUT for i in [BOS, *data.tokenizer.encode(d), EOS]]
@@ -164,9 +158,7 @@ def test_held_out_text_is_covered_once_to_the_last_byte(
 
 
 @given(length=st.integers(2, 70), n=st.integers(1, 9), isolate=st.booleans())
-def test_a_batch_covers_the_bytes_that_its_targets_spell(
-    corpus: Path, length: int, n: int, isolate: bool
-) -> None:
+def test_a_batch_covers_the_bytes_that_its_targets_spell(corpus: Path, length: int, n: int, isolate: bool) -> None:
     data = build(corpus, length=length, isolate=isolate)
     held_out = held_out_of(data)
     vocabulary = json.loads(data.tokenizer.to_json())["model"]["vocab"]  # type: ignore[union-attr]

@@ -34,7 +34,7 @@ def test_each_choice_becomes_one_row_of_its_token_sorted_by_expert(drawn, seed):
 @given(drawn=choices(), seed=seeds())
 def test_rows_come_home_weighted_by_their_gates(drawn, seed):
     ids, n_experts = drawn
-    x, gates = normal(len(ids), 3, seed=seed), normal(*ids.shape, seed=seed + 1)
+    x, gates = normal(len(ids), 3, seed=seed), normal(*ids.shape, seed=seed + 1).abs()
     dispatcher = LocalConfig().build(context(3), n_experts)
     home = dispatcher.combine(dispatcher.dispatch(x, ids), gates)
     assert_close(home, x * gates.sum(1, keepdim=True), length=2 * ids.shape[1])
@@ -43,7 +43,10 @@ def test_rows_come_home_weighted_by_their_gates(drawn, seed):
 @given(drawn=choices(), seed=seeds())
 def test_gradients_take_the_same_way(drawn, seed):
     ids, n_experts = drawn
-    x, gates = normal(len(ids), 2, seed=seed).requires_grad_(), normal(*ids.shape, seed=seed + 1).requires_grad_()
+    x, gates = (
+        normal(len(ids), 2, seed=seed).requires_grad_(),
+        normal(*ids.shape, seed=seed + 1).requires_grad_(),
+    )
     dispatcher = LocalConfig().build(context(2), n_experts)
 
     def there_and_back(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

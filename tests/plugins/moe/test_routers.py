@@ -43,9 +43,7 @@ def grouped(draw: st.DrawFn) -> tuple[GroupLimitedConfig, int]:
 def plain(draw: st.DrawFn) -> tuple[TopKConfig, int]:
     """Draw a plain router and its number of experts."""
     n_experts = draw(st.integers(1, 8))
-    config = TopKConfig(
-        top_k=draw(st.integers(1, n_experts)), score=draw(SCORES), normalise=draw(st.booleans())
-    )
+    config = TopKConfig(top_k=draw(st.integers(1, n_experts)), score=draw(SCORES), normalise=draw(st.booleans()))
     return config, n_experts
 
 
@@ -89,7 +87,7 @@ def compare(router: Router, config: GroupLimitedConfig, bias: Tensor, seed: int)
     assert_same_function(routing.stats.affinity, means, wrt, length=LENGTH, seed=seed + 1)
 
 
-# --- against the paper ----------------------------------------------------------------------------------------
+# --- against the paper -----------------------------------------------------------------------------
 
 
 @given(drawn=grouped(), level=st.sampled_from((0.0, -3.0, -100.0, 100.0)), seed=seeds())
@@ -105,7 +103,7 @@ def test_plain_routing_is_the_papers_with_one_group(drawn, level, seed):
     compare(built(config, n_experts, seed), same, biases(n_experts, level, seed + 2), seed)
 
 
-# --- laws -----------------------------------------------------------------------------------------------------
+# --- laws ------------------------------------------------------------------------------------------
 
 
 @given(drawn=routers(), level=st.sampled_from((0.0, -50.0)), seed=seeds())
@@ -116,7 +114,8 @@ def test_experts_are_distinct_and_every_choice_is_counted(drawn, level, seed):
     ids, stats = routing.ids, routing.stats
     assert ids.shape == routing.gates.shape == (10, router.top_k)
     assert all(len(set(row)) == router.top_k for row in ids.tolist())
-    assert 0 <= int(ids.min()) and int(ids.max()) < n_experts
+    assert int(ids.min()) >= 0
+    assert int(ids.max()) < n_experts
     assert torch.equal(stats.ids.flatten(0, 1), ids)
     assert stats.load.dtype == stats.top.dtype == torch.int64
     for row in range(2):
@@ -231,7 +230,11 @@ def test_the_same_seed_gives_the_same_centroids(config):
     ("config", "n_experts", "message"),
     [
         (GroupLimitedConfig(top_k=2, n_groups=3), 8, "n_groups 3 does not divide the 8 experts"),
-        (GroupLimitedConfig(top_k=5, n_groups=4, top_groups=2), 8, "top_k 5 is more than the 4 experts in 2 of 4"),
+        (
+            GroupLimitedConfig(top_k=5, n_groups=4, top_groups=2),
+            8,
+            "top_k 5 is more than the 4 experts in 2 of 4",
+        ),
         (TopKConfig(top_k=5), 4, "top_k 5 is more than the 4 experts"),
     ],
 )

@@ -1,0 +1,87 @@
+"""AdamW against its paper (arXiv:1711.05101, algorithm 2), worked by hand."""
+
+import pytest
+import torch
+from builders import normal
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tangram.core.step import set_lr
+from tangram.plugins.training.adamw import AdamWConfig
+from tangram.testing import seeds
+
+RATES = (0.01, 0.003, 0.0005)
+
+
+def drawn(seed: int, scale: float = 1.0) -> list[tuple[str, nn.Parameter]]:
+    """Return a matrix, the weights of two experts, and a norm."""
+    shapes = {"down.weight": (3, 2), "experts.weight": (2, 2, 3), "norm.weight": (4,)}
+    values = (scale * normal(*shape, seed=seed + i) for i, shape in enumerate(shapes.values()))
+    return [(name, nn.Parameter(value)) for name, value in zip(shapes, values, strict=True)]
+
+
+def by_hand(theta: Tensor, grads: list[Tensor], config: AdamWConfig, decay: float) -> Tensor:
+    m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+    one, two = config.betas
+    for t, (grad, lr) in enumerate(zip(grads, RATES, strict=True), start=1):
+        m = one * m + (1 - one) * grad
+        v = two * v + (1 - two) * grad**2
+        corrected = (m / (1 - one**t)) / ((v / (1 - two**t)).sqrt() + config.eps)
+        theta = theta - lr * (corrected + decay * theta)
+    return theta
+
+
+@given(
+    betas=st.tuples(st.sampled_from((0.0, 0.9)), st.sampled_from((0.95, 0.999))),
+    decay=st.sampled_from((0.0, 0.1)),
+    scale=st.sampled_from((1e-8, 1.0, 1e4)),
+    seed=seeds(),
+)
+def test_three_steps_are_those_of_the_paper_and_norms_do_not_decay(betas, decay, scale, seed):
+    config = AdamWConfig(betas=betas, weight_decay=decay)
+    parameters = drawn(seed)
+    start = {name: parameter.detach().clone() for name, parameter in parameters}
+    optimizer = config.build(parameters)
+    grads: dict[str, list[Tensor]] = {name: [] for name, _ in parameters}
+    for step, lr in enumerate(RATES):
+        for name, parameter in parameters:
+            parameter.grad = scale * normal(*parameter.shape, seed=seed + 100 * step + parameter.numel())
+            grads[name].append(parameter.grad.clone())
+        set_lr(optimizer, lr)
+        optimizer.step()
+    for name, parameter in parameters:
+        expected = by_hand(start[name], grads[name], config, 0.0 if name == "norm.weight" else decay)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_without_a_learning_rate_nothing_moves():
+    parameters = drawn(0)
+    before = [parameter.detach().clone() for _, parameter in parameters]
+    optimizer = AdamWConfig().build(parameters)
+    for _, parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(torch.equal(old, parameter) for old, (_, parameter) in zip(before, parameters, strict=True))
+
+
+@pytest.mark.parametrize("kept", [slice(0, 2), slice(2, 3)])
+def test_a_model_of_matrices_or_of_norms_alone_is_stepped_too(kept):
+    parameters = drawn(0)[kept]
+    optimizer = AdamWConfig().build(parameters)
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in stepped} == {id(p) for _, p in parameters}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \[0.9, 1.0\]"),
+        ({"betas": (-0.1, 0.9)}, r"betas must be in \[0, 1\), got \[-0.1, 0.9\]"),
+        ({"eps": 0.0}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AdamWConfig(**settings)
