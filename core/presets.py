@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -33,6 +34,9 @@ from tangram.core.structuring import UnknownUseError, plain, structure
 
 _COLLECTIONS = ("objectives", "observers")
 """Maps from a name to a component, whose `use` is that name where it is not said."""
+
+_WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")
+"""What is safe to write without quotes."""
 
 
 @frozen
@@ -238,7 +242,7 @@ def to_yaml(experiment: Experiment) -> str:
 
 def _readable(value: Plain) -> object:
     if isinstance(value, dict):
-        return CommentedMap({key: _readable(item) for key, item in value.items()})
+        return CommentedMap({_readable(key): _readable(item) for key, item in value.items()})
     if isinstance(value, list):
         items = CommentedSeq([_readable(item) for item in value])
         if not any(isinstance(item, dict | list) for item in value):
@@ -249,8 +253,8 @@ def _readable(value: Plain) -> object:
         return items
     if isinstance(value, float) and value.is_integer() and 1000 <= abs(value) < 2**53:
         return int(value)
-    if isinstance(value, str) and not value.isprintable():
-        return DoubleQuotedScalarString(value)  # the only style that keeps every character
+    if isinstance(value, str) and not _WORD.fullmatch(value):
+        return DoubleQuotedScalarString(value)  # the only style that keeps every character everywhere
     return value
 
 

@@ -169,7 +169,7 @@ def test_files_of_one_name_in_two_folders_are_two_plugins(tmp_path):
     assert plugins.registry.uses("guard") == ["left", "right"]
 
 
-@pytest.mark.parametrize("kind", BROKEN.keys() - {"preset_taken", "component_taken"})
+@pytest.mark.parametrize("kind", sorted(BROKEN.keys() - {"preset_taken", "component_taken"}))
 def test_a_file_that_the_user_names_and_does_not_load_stops_at_once(kind, tmp_path):
     text, said = BROKEN[kind]
     path = write(tmp_path, COMPONENT.format(use="half") + text, f"file_{kind}.py")

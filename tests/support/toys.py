@@ -200,8 +200,8 @@ def line_of(part: str) -> int:
 
 counts = st.integers(1, 2**53)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
-words = st.text(st.characters(codec="utf-8"), max_size=8)
-names = st.text("abcdef_", min_size=1, max_size=4)
+words = st.text(st.characters(codec="utf-8"), max_size=8) | st.text("?@-:#&*!|>%'\"[]{}, a0\n", max_size=8)
+names = st.text("abc_", min_size=1, max_size=4) | st.text("?@-:#'a0 ", min_size=1, max_size=4)
 routers = st.builds(TopK, top_k=st.just(1))
 attentions = st.builds(
     Wide,
