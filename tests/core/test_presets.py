@@ -1,5 +1,6 @@
 """A preset resolves to one experiment, every leaf has an origin, and its dump is the same preset."""
 
+import itertools
 import random
 import re
 import tempfile
@@ -269,6 +270,13 @@ def test_a_dumped_experiment_is_itself_a_preset(experiment):
     assert again == experiment
     assert to_yaml(again) == to_yaml(experiment)
     assert digest(again) == digest(experiment)
+
+
+def test_every_pair_of_marks_survives_in_a_list_and_as_a_key():
+    pairs = tuple("".join(pair) for pair in itertools.product("?@-:#&*!|>%'\"[]{}, a0~<=\\", repeat=2))
+    collection = {pair: toys.Guess() for pair in pairs}
+    experiment = attrs.evolve(TOY, data=toys.Rows(files=pairs), objectives=collection)
+    assert resolve_text(to_yaml(experiment)) == experiment
 
 
 @pytest.mark.parametrize(("one", "other"), [(1, 1.0), (0.0, -0.0), (2**60, 2.0**60)])

@@ -10,11 +10,12 @@ BARE = ("core", "kernels", "plugins", "presets", "testing")
 
 
 def imported_twice(modules: Mapping[str, ModuleType], root: Path) -> list[str]:
-    """Return a line for each file below `root` behind several of `modules`, and for each bare name."""
+    """Return a line for each source file of `root` behind several of `modules`, and for each bare name."""
+    folders = [root.resolve() / name for name in (*BARE, "tests")]  # not a virtual environment that lies there too
     copies: defaultdict[Path, dict[int, str]] = defaultdict(dict)
     for name, module in list(modules.items()):
         file = getattr(module, "__file__", None)
-        if file is not None and (path := Path(file).resolve()).is_relative_to(root.resolve()):
+        if file is not None and any((path := Path(file).resolve()).is_relative_to(folder) for folder in folders):
             copies[path].setdefault(id(module), name)
     lines = [
         f"{path.relative_to(root.resolve())} is imported as {' and as '.join(sorted(names.values()))}"

@@ -27,7 +27,8 @@ def test_a_bare_name_is_found(tmp_path: Path) -> None:
 
 
 def test_aliases_and_files_elsewhere_are_no_copies(tmp_path: Path) -> None:
-    one = module("a", tmp_path / "a.py")
+    one = module("a", tmp_path / "core" / "a.py")
     far = [module(name, Path("/elsewhere/b.py")) for name in "bc"]
-    built_in = ModuleType("sys")
-    assert imported_twice({"a": one, "again": one, "b": far[0], "c": far[1], "sys": built_in}, tmp_path) == []
+    near = [module(name, tmp_path / ".venv" / "lib" / "c.so") for name in "de"]
+    modules = {"a": one, "again": one, "b": far[0], "c": far[1], "d": near[0], "e": near[1], "sys": ModuleType("sys")}
+    assert imported_twice(modules, tmp_path) == []
