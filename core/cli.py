@@ -231,7 +231,7 @@ def train(
     try:
         outcome = _building(resolved, lambda: run(resolved.experiment, out, resume=resume))
     except NonFiniteError as error:
-        return _fail(f"stopped before the update: {error}")
+        return _fail(f"stopped before the update of {error}")
     _print_outcome(outcome)
     if outcome.dead:
         return _fail("\n".join(f"{piece.name} had no effect: {piece.why}" for piece in outcome.dead))

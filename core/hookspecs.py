@@ -26,7 +26,7 @@ def tangram_presets() -> Sequence[str | Path]:
 
 @HOOKSPEC
 def tangram_run_started(run: "RunView") -> None:
-    """A run starts or resumes; its directory exists, its model does not."""
+    """A run starts or resumes; its directory exists, and its progress says how far it had come."""
 
 
 @HOOKSPEC

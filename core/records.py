@@ -238,6 +238,17 @@ class GradientNorm:
     broken: tuple[str, ...] = ()
 
 
+def culprit_of(result: Result, norm: GradientNorm) -> str:
+    """Return which loss or gradient is not finite, in words; empty when all are."""
+    for name, value in result.losses.items():
+        if not math.isfinite(value):
+            return f"loss {name} is {value}"
+    if norm.broken:
+        more = f" and {len(norm.broken) - 1} more" if len(norm.broken) > 1 else ""
+        return f"the gradient of {norm.broken[0]}{more} is not finite"
+    return "" if math.isfinite(norm.value) else f"the gradient norm is {norm.value}"
+
+
 class Verdict(Enum):
     """A guard's word on a step."""
 
@@ -298,6 +309,11 @@ class StepReport:
             return math.nan
         return float(violation(self.result.load[list(self.routed)]).mean())
 
+    @property
+    def culprit(self) -> str:
+        """Which loss or gradient is not finite, in words."""
+        return culprit_of(self.result, self.norm)
+
     def metrics(self) -> dict[str, float | int | str]:
         """Return the row of metrics.jsonl: flat, one value a name; `step` and `tokens` as they stand after the step."""
         row: dict[str, float | int | str] = {
@@ -315,6 +331,8 @@ class StepReport:
         }
         if self.routed:
             row |= {"violation": self.violation, "bias": self.bias}
+        if self.verdict is not Verdict.ACCEPT:
+            row["culprit"] = self.culprit
         return row
 
 

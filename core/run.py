@@ -15,7 +15,7 @@ from attrs import asdict, define, evolve, field, frozen
 
 from tangram.core import checkpoint
 from tangram.core.context import Parallel, built
-from tangram.core.contracts import State, Stateful
+from tangram.core.contracts import NonFiniteError, State, Stateful
 from tangram.core.executor import Executor
 from tangram.core.experiment import Experiment
 from tangram.core.liveness import Liveness, Piece
@@ -191,7 +191,10 @@ class _Session:
             began = time.perf_counter()
             batch = run.data.batch(run.progress, sequences_at(run.experiment, run.progress))
             weights = run.model.weights(run.progress)
-            report = self._timed(train_step(run, batch), began)
+            try:
+                report = self._timed(train_step(run, batch), began)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {run.progress.step + 1}: {error}") from None
             self.liveness.observe(report, weights)
             self.hooks.tangram_step_ended(run=view, report=report)
             if train.evaluate_every and run.progress.step % train.evaluate_every == 0:

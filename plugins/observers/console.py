@@ -60,7 +60,7 @@ class ConsoleView:
         """Show the step."""
         line = self._line(report)
         if report.verdict is not Verdict.ACCEPT:
-            self.console.print(f"{line}: {report.verdict.value}, no update")
+            self.console.print(f"{line}: {report.verdict.value}, no update: {report.culprit}")
         elif self._bar is not None:
             self._bar.update(self._task, completed=report.after.tokens, description=line)
         elif time.monotonic() - self._shown >= self.every:

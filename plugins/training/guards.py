@@ -1,13 +1,10 @@
 """Guards: what to do with a step whose loss or gradient is not finite."""
 
-import math
-from collections.abc import Mapping
-
 from attrs import field, frozen
 from attrs.validators import gt
 
 from tangram.core.contracts import Guard, NonFiniteError, State
-from tangram.core.records import GradientNorm, Result, Verdict
+from tangram.core.records import GradientNorm, Result, Verdict, culprit_of
 from tangram.core.registry import component
 
 
@@ -30,7 +27,7 @@ class Raise:
         Raises:
             NonFiniteError: A loss or gradient is not finite.
         """
-        culprit = find_culprit(result, norm)
+        culprit = culprit_of(result, norm)
         if culprit:
             raise NonFiniteError(culprit)
         return Verdict.ACCEPT
@@ -64,7 +61,7 @@ class Skip:
         Raises:
             NonFiniteError: This is bad step number `limit` in a row.
         """
-        culprit = find_culprit(result, norm)
+        culprit = culprit_of(result, norm)
         self.in_a_row = self.in_a_row + 1 if culprit else 0
         if self.in_a_row >= self.limit:
             raise NonFiniteError(f"{culprit}; {self.in_a_row} such steps in a row")
@@ -77,18 +74,3 @@ class Skip:
     def load_state(self, state: State) -> None:
         """Take the count back."""
         self.in_a_row = int(state["in_a_row"])
-
-
-def find_culprit(result: Result, norm: GradientNorm) -> str:
-    """Return which loss or gradient is not finite, in words; empty when all are."""
-    broken = _not_finite(result.losses)
-    if broken:
-        return f"loss {broken[0]} is {result.losses[broken[0]]}"
-    if norm.broken:
-        more = f" and {len(norm.broken) - 1} more" if len(norm.broken) > 1 else ""
-        return f"the gradient of {norm.broken[0]}{more} is not finite"
-    return "" if math.isfinite(norm.value) else f"the gradient norm is {norm.value}"
-
-
-def _not_finite(losses: Mapping[str, float]) -> list[str]:
-    return [name for name, value in losses.items() if not math.isfinite(value)]
