@@ -21,6 +21,7 @@ import peer
 import torch
 from torch.nn import functional as F
 
+from tangram.core.process import settle
 from tangram.core.records import IGNORE, Batch
 from tangram.core.run import assemble
 from tangram.core.step import train_step
@@ -98,6 +99,8 @@ def compare(size: str) -> None:
 
 def work(side: str, size: str, compute: str, batch: int) -> None:
     """Take a step for every line that comes in; answer with its CPU seconds."""
+    if side == "tangram":
+        settle()  # as every training process of ours does
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     step = stepper(side, size, compute, batch)

@@ -1,13 +1,14 @@
 """The command line. Commands are thin: they read, call the core and print; torch is imported inside them."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
+
+from tangram.core.process import settle
 
 if TYPE_CHECKING:
     from tangram.core.plugins import Plugins
@@ -209,6 +210,33 @@ def check(preset: str, /, *overrides: Overrides, json_: Json = False, plugin: Fi
 
 
 @app.command
+def tokenize(preset: str, folder: Path, /, *overrides: Overrides, plugin: Files = ()) -> int:
+    """Write a preset's text as tokens, to train on with data={use: tokens, folder: FOLDER}.
+
+    Args:
+        preset: Name or file.
+        folder: Where to; it must not be there yet.
+    """
+    from tangram.core.context import built
+    from tangram.core.contracts import Writable
+
+    resolved = _resolve(preset, overrides, plugin)
+    asked = resolved.experiment
+    data = _building(resolved, lambda: built("data", asked.data.build, asked.train, asked.model.vocab_size))
+    if not isinstance(data, Writable):
+        return _refuse(
+            f"the data of {asked.name} makes up its tokens, so there are none to write; name one with a text"
+        )
+    try:
+        data.write(folder)
+    except ValueError as error:
+        return _refuse(str(error))
+    override = f"data={{use: tokens, folder: {folder}}}"
+    _print(f"{folder}: the tokens of {asked.name}; train on them with `tangram train {preset} '{override}'`")
+    return OK
+
+
+@app.command
 def train(
     preset: str,
     /,
@@ -326,8 +354,7 @@ def _fail(message: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code. A user's mistake is one line or a few, never a traceback."""
-    # Before torch is loaded: threads that spin while they wait take the cores from whoever has work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settle()
     try:
         code = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
