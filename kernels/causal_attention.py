@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tangram.kernels.products import product_dtype
+
 BLOCKED = 512
 """Longest sequence that takes the product in blocks: `python benchmarks/attention_cpu.py` shows the crossover."""
 
@@ -56,8 +58,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if q.device.type == "cpu" and q.shape[1] <= BLOCKED:
-        blocked: Tensor = _Blocked.apply(q, k, v, scale)
-        return blocked
+        wide = product_dtype(q)
+        blocked: Tensor = _Blocked.apply(q.to(wide), k.to(wide), v.to(wide), scale)
+        return blocked.to(v.dtype)
     padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), padded.transpose(1, 2), is_causal=True, scale=scale
