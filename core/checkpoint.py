@@ -54,11 +54,25 @@ def save(root: Path, step: int, files: Mapping[str, State], state: Mapping[str, 
     entries = {path.name: _entry(path) for path in sorted(scratch.iterdir())}
     _write(scratch / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1).encode())
     _sync(scratch)
-    if final.exists():  # left by a run that was resumed from before it
+    _commit(scratch, final)
+    return final
+
+
+def settle(root: Path) -> None:
+    """Finish what a crash cut off: put sealed checkpoints into their place. Only the process that saves may."""
+    for scratch in root.glob(".step-*.writing"):
+        try:
+            verify(scratch)
+        except CheckpointError:
+            continue  # it was not sealed yet
+        _commit(scratch, root / scratch.name.removeprefix(".").removesuffix(".writing"))
+
+
+def _commit(scratch: Path, final: Path) -> None:
+    if final.exists():  # left by a run that was resumed from before it, or rolled back to it
         shutil.rmtree(final)
     scratch.rename(final)
-    _sync(root)
-    return final
+    _sync(final.parent)
 
 
 def newest(root: Path) -> Found | None:
@@ -119,6 +133,25 @@ def load_model(path: Path, model: nn.Module) -> None:
         raise CheckpointError(f"{path / 'model.safetensors'} does not fit the experiment: {error}") from None
 
 
+def load_average(path: Path, name: str, model: nn.Module) -> None:
+    """Load averaged weights by address from the file `name` over the model's own; its buffers stay.
+
+    Raises:
+        CheckpointError: There is no such file, or it does not hold the parameters of this model.
+    """
+    file = path / f"{name}.safetensors"
+    if not file.exists():
+        raise CheckpointError(f"{file} is not there: the run kept no averaged weights")
+    average, parameters = read_file(path, name), dict(model.named_parameters())
+    wrong = sorted(average.keys() ^ parameters.keys())
+    if wrong:
+        raise CheckpointError(f"{file} does not fit the experiment: {wrong[0]} is in only one of them")
+    with torch.no_grad():
+        for address, value in average.items():
+            assert isinstance(value, Tensor)
+            parameters[address].copy_(value)
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, addresses: Mapping[nn.Parameter, str]) -> State:
     """Return the optimizer's state under `address/key`."""
     return {
@@ -129,7 +162,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, addresses: Mapping[nn.Para
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Load the optimizer's state by address."""
+    """Load the optimizer's state by address, in place of any that it has."""
+    optimizer.state.clear()
     for name, value in read_file(path, "optimizer").items():
         address, _, key = name.rpartition("/")
         if address not in parameters:

@@ -1,28 +1,36 @@
 """The command line. Commands are thin: they read, call the core and print; torch is imported inside them."""
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
 from tangram.core.process import settle
+from tangram.core.terminal import BROKEN, FAILED, OK, STOPPED, USAGE
+from tangram.core.terminal import as_json as _json
+from tangram.core.terminal import fail as _fail
+from tangram.core.terminal import refuse as _refuse
+from tangram.core.terminal import say as _print
+from tangram.core.terminal import table as _table
+from tangram.core.terminal import words as _words
 
 if TYPE_CHECKING:
     from tangram.core.plugins import Plugins
     from tangram.core.presets import Resolved
+    from tangram.core.records import EvalReport
     from tangram.core.run import Outcome
-
-OK, FAILED, USAGE, BROKEN, STOPPED = 0, 1, 2, 3, 75
-"""Exit codes: all went well; the run failed; usage or config; a plugin that is named does not load; interrupted."""
 
 app = App(
     name="tangram",
     help="DeepSeek-V3 as a composition of swappable pieces: compose, train, ablate.",
     version_flags=["--version"],
 )
+
+app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
 
 _T = TypeVar("_T")
 
@@ -42,7 +50,7 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
     """
     from tangram.core.contracts import SLOTS
     from tangram.core.presets import available
-    from tangram.core.schema import summary
+    from tangram.core.schema import paper, summary
 
     if slot is not None and slot not in SLOTS:
         return _refuse(f"there is no slot '{slot}'; the slots are {', '.join(SLOTS)}")
@@ -57,6 +65,7 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
                         "slot": entry.mark.slot,
                         "use": entry.mark.use,
                         "summary": summary(entry.config),
+                        "paper": paper(entry.config),
                         "origin": entry.origin,
                     }
                     for entry in entries
@@ -65,8 +74,8 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
                 "broken": [{"name": b.name, "origin": b.origin, "error": b.error} for b in plugins.broken],
             }
         )
-    rows = [(e.mark.slot, e.mark.use, summary(e.config), e.origin) for e in entries]
-    _table(("slot", "use", "what it does", "origin"), rows)
+    rows = [(e.mark.slot, e.mark.use, summary(e.config), paper(e.config), e.origin) for e in entries]
+    _table(("slot", "use", "what it does", "paper", "origin"), rows)
     if presets:
         _table(("preset", "file"), [(name, str(path)) for name, path in presets.items()])
     for broken in plugins.broken:
@@ -94,7 +103,7 @@ def describe(
 
 def _describe_component(slot: str, use: str, json_: bool, plugin: Sequence[Path]) -> int:
     from tangram.core.config import suggest
-    from tangram.core.schema import fields, summary
+    from tangram.core.schema import fields, paper, summary
 
     registry = _plugins(plugin).registry
     entry = registry.get(slot, use)
@@ -104,9 +113,10 @@ def _describe_component(slot: str, use: str, json_: bool, plugin: Sequence[Path]
     described = fields(entry.config)
     if json_:
         rows = [{"name": f.name, "type": f.type, "default": f.default, "doc": f.doc} for f in described]
-        what = {"slot": slot, "use": use, "summary": summary(entry.config), "origin": entry.origin}
-        return _json(what | {"fields": rows})
-    _print(f"{slot} '{use}' ({entry.origin}): {summary(entry.config)}")
+        what = {"slot": slot, "use": use, "summary": summary(entry.config), "paper": paper(entry.config)}
+        return _json(what | {"origin": entry.origin, "fields": rows})
+    cited = paper(entry.config)
+    _print(f"{slot} '{use}' ({entry.origin}): {summary(entry.config)}" + (f" [{cited}]" if cited else ""))
     _table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.doc) for f in described])
     return OK
 
@@ -182,8 +192,19 @@ def copy(preset: str, file: Path, /, *, plugin: Files = ()) -> int:
         return _refuse(f"{file} is there already; choose another name")
     if not file.parent.is_dir():
         return _refuse(f"there is no folder {file.parent}")
-    file.write_text(resolved.file.read_text(encoding="utf-8"), encoding="utf-8")
+    text = resolved.file.read_text(encoding="utf-8")
+    schema = resolved.file.with_name("schema.json").resolve()
+    file.write_text(text.replace("$schema=schema.json", f"$schema={schema}", 1), encoding="utf-8")
     _print(f"{file}: a copy of {resolved.file}; change it and run `tangram train {file}`")
+    return OK
+
+
+@app.command
+def schema(*, json_: Json = False, plugin: Files = ()) -> int:
+    """Print the JSON schema of presets, with which editors complete and check them; --json prints it on one line."""
+    from tangram.core.preset_schema import preset_schema
+
+    _print(json.dumps(preset_schema(_plugins(plugin).registry), indent=None if json_ else 1))
     return OK
 
 
@@ -224,9 +245,7 @@ def tokenize(preset: str, folder: Path, /, *overrides: Overrides, plugin: Files 
     asked = resolved.experiment
     data = _building(resolved, lambda: built("data", asked.data.build, asked.train, asked.model.vocab_size))
     if not isinstance(data, Writable):
-        return _refuse(
-            f"the data of {asked.name} makes up its tokens, so there are none to write; name one with a text"
-        )
+        return _refuse(f"the data of {asked.name} makes its tokens up; tokenize a preset whose data is text")
     try:
         data.write(folder)
     except ValueError as error:
@@ -253,31 +272,94 @@ def train(
         resume: Go on from the newest checkpoint there.
     """
     from tangram.core.contracts import NonFiniteError
+    from tangram.core.run import directory_of
     from tangram.core.run import train as run
 
     resolved = _resolve(preset, overrides, plugin)
+    origins = resolved.origins
     try:
-        outcome = _building(resolved, lambda: run(resolved.experiment, out, resume=resume))
+        outcome = _building(resolved, lambda: run(resolved.experiment, out, resume=resume, origins=origins))
     except NonFiniteError as error:
+        _draw(directory_of(resolved.experiment, out))
         return _fail(f"stopped before the update of {error}")
+    _draw(outcome.directory)
     _print_outcome(outcome)
     if outcome.dead:
         return _fail("\n".join(f"{piece.name} had no effect: {piece.why}" for piece in outcome.dead))
     return OK
 
 
+def _draw(directory: Path) -> None:
+    """Write the report of a run that is over. What goes wrong here is no fault of the run."""
+    from tangram.core.pages import write_report
+
+    try:
+        write_report(directory)
+    except Exception as error:
+        print(f"warning: no report was drawn ({error}); `tangram report {directory}` tries again", file=sys.stderr)
+
+
 def _print_outcome(outcome: "Outcome") -> None:
-    report = outcome.evaluation
-    if report is not None and report.bits_per_byte is not None:
-        others = ", ".join(f"{name} {bits:.3f}" for name, bits in outcome.references.items())
-        ours = f"{report.bits_per_byte:.3f} bits per byte"
-        _print(f"held-out text ({report.n_bytes:,} bytes): {ours}; the same text by {others}")
+    if outcome.evaluation is not None:
+        _print_bits(outcome.evaluation, outcome.references)
     if outcome.sample:
         _print(f"sample:\n{outcome.sample}")
     for piece in outcome.pieces:
         word = {True: "alive", False: "dead", None: "too short to tell"}[piece.alive]
         _print(f"{piece.name}: {word} ({piece.why})")
     _print(f"peak memory {outcome.peak_rss / 2**30:.2f} GiB; everything is in {outcome.directory}")
+
+
+def _print_bits(report: "EvalReport", references: Mapping[str, float]) -> None:
+    if report.bits_per_byte is not None:
+        others = ", ".join(f"{name} {bits:.3f}" for name, bits in references.items())
+        ours = f"{report.bits_per_byte:.3f} bits per byte"
+        _print(f"held-out text ({report.n_bytes:,} bytes): {ours}; the same text by {others}")
+
+
+@app.command
+def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False) -> int:
+    """Evaluate a run's newest checkpoint on all held-out text; the run is left as it is.
+
+    Args:
+        run: The run directory.
+        ema: Take the averaged weights that the observer ema kept.
+    """
+    from tangram.core.run import evaluate as evaluated
+    from tangram.core.run import load_run
+
+    trainer = load_run(run, averaged=ema)
+    report, held_out = evaluated(trainer), trainer.data.held_out
+    if report is None or held_out is None:
+        return _refuse(f"{run} was trained on data without held-out text")
+    weights = "averaged" if ema else "last"
+    if json_:
+        return _json(report.metrics() | {"weights": weights, "references": dict(held_out.references)})
+    _print(f"step {report.now.step}, {weights} weights")
+    _print_bits(report, held_out.references)
+    for name, loss in report.losses.items():
+        _print(f"loss.{name}: {loss:.4f}")
+    return OK
+
+
+@app.command
+def report(run: Path, /, *, json_: Json = False) -> int:
+    """Write the report of a run, finished or not, into its directory as report.html.
+
+    Args:
+        run: The run directory.
+    """
+    from tangram.core.pages import summary, write_report
+    from tangram.core.reports import ReportError, read_run
+
+    try:
+        path = write_report(run)
+    except ReportError as error:
+        return _refuse(str(error))
+    if json_:
+        return _json({"report": str(path)} | summary(read_run(run)))
+    _print(str(path))
+    return OK
 
 
 @app.command
@@ -290,12 +372,6 @@ def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
         return _json(findings)
     _table(("what", "found"), [(name, _words(value)) for name, value in findings.items()])
     return OK
-
-
-def _words(value: object) -> str:
-    if isinstance(value, list):
-        return "\n".join(map(str, value)) or "none"
-    return str(value)
 
 
 def _plugins(files: Sequence[Path]) -> "Plugins":
@@ -322,36 +398,6 @@ def _building(resolved: "Resolved", build: Callable[[], _T]) -> _T:
         raise ConfigError([Problem(origin, error.path, error.message)]) from error
 
 
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
-
-
-def _json(value: Mapping[str, object]) -> int:
-    print(json.dumps(value, indent=1))
-    return OK
-
-
-def _refuse(message: str) -> int:
-    print(message, file=sys.stderr)
-    return USAGE
-
-
-def _fail(message: str) -> int:
-    print(message, file=sys.stderr)
-    return FAILED
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code. A user's mistake is one line or a few, never a traceback."""
     settle()
@@ -359,6 +405,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         sys.exit(USAGE)
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
         sys.exit(STOPPED)

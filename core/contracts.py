@@ -31,6 +31,8 @@ from tangram.core.records import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tangram.core.context import Context, Parallel
     from tangram.core.experiment import BlockConfig, TrainConfig
     from tangram.core.model import Model
@@ -346,17 +348,22 @@ class Sharding(Protocol):
 class Guard(Protocol):
     """Judges a step before it changes anything."""
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether it may ask for a rollback: then a run begins with a checkpoint."""
+        ...
+
     def judge(self, result: Result, norm: GradientNorm) -> Verdict:
         """Return the verdict.
 
         Raises:
-            NonFiniteError: A loss or gradient is not finite and this guard stops runs.
+            NonFiniteError: The step is bad and this guard stops the run.
         """
         ...
 
 
 class NonFiniteError(Exception):
-    """A loss or a gradient is not finite; the message names which."""
+    """A loss or a gradient is not finite, or past what the guard bears; the message names which."""
 
 
 class Tokenizer(Protocol):
@@ -408,6 +415,19 @@ class Data(Protocol):
 
     def batch(self, now: Progress, n_sequences: int) -> Batch:
         """Return the global batch at `now`: a pure function of the seed, `now` and the size."""
+        ...
+
+
+@runtime_checkable
+class Writable(Protocol):
+    """Data that `tangram tokenize` can write, for the data component `tokens` to read."""
+
+    def write(self, folder: "Path") -> None:
+        """Write the tokenizer and all ids to `folder`.
+
+        Raises:
+            ValueError: The folder is there already, or cannot be written.
+        """
         ...
 
 

@@ -36,7 +36,7 @@ def tangram_model_built(run: "RunView", model: "Model") -> None:
 
 @HOOKSPEC
 def tangram_step_ended(run: "RunView", report: "StepReport") -> None:
-    """An optimizer step is over, accepted or not."""
+    """An optimizer step is over, accepted or not; of a rollback, the run stands at `report.after` again."""
 
 
 @HOOKSPEC

@@ -44,6 +44,7 @@ class Liveness:
         weight: Largest weight that each objective has had.
         violated: Largest load violation of each layer (as a string) with a balancer.
         start: The expert biases that those layers began with.
+        load: Tokens per expert of each layer (as a string) with a router, over all accepted steps.
     """
 
     steps: int = 0
@@ -52,10 +53,13 @@ class Liveness:
     weight: dict[str, float] = field(factory=dict)
     violated: dict[str, float] = field(factory=dict)
     start: dict[str, list[float]] = field(factory=dict)
+    load: dict[str, list[int]] = field(factory=dict)
 
     def begin(self, model: Model) -> None:
         """Remember the expert biases that the run starts with."""
         self.start = {str(layer): bias.tolist() for layer, bias in model.biases().items()}
+        routed = {layer: part.n_experts for layer, part in enumerate(model.feedforwards()) if part.n_experts}
+        self.load = {str(layer): [0] * n_experts for layer, n_experts in routed.items()}
 
     def observe(self, report: StepReport, weights: Mapping[str, float]) -> None:
         """Take in one step."""
@@ -72,6 +76,9 @@ class Liveness:
         for layer in self.start:
             worst = float(violation(report.result.load[int(layer)]))
             self.violated[layer] = max(self.violated.get(layer, 0.0), worst)
+        for layer, sums in self.load.items():
+            counts: list[int] = report.result.load[int(layer), : len(sums)].tolist()
+            self.load[layer] = [old + new for old, new in zip(sums, counts, strict=True)]
 
     def judge(self, model: Model, batch: Batch, now: Progress) -> list[Piece]:
         """Return what became of each objective and balancer; `batch` is a micro-batch to take gradients on."""

@@ -24,11 +24,13 @@ class Progress:
         step: Optimizer steps taken.
         tokens: Tokens consumed.
         sequences: Sequences consumed, the cursor of the data stream.
+        skipped: Cursors at which batches begin that the run was rolled back for and passes over.
     """
 
     step: int = 0
     tokens: int = 0
     sequences: int = 0
+    skipped: tuple[int, ...] = ()
 
     def after(self, batch: "Batch") -> "Progress":
         """Return the progress once the whole (global) `batch` has been consumed."""
@@ -273,7 +275,7 @@ class StepReport:
 
     Attributes:
         now: Progress when the step began.
-        after: Progress when it ended.
+        after: Progress when it ended; of a rollback, the checkpoint's, to which the run went back.
         lr: Learning rate of the step.
         result: What the executor brought back.
         norm: The gradient norm before clipping.
@@ -311,8 +313,10 @@ class StepReport:
 
     @property
     def culprit(self) -> str:
-        """Which loss or gradient is not finite, in words."""
-        return culprit_of(self.result, self.norm)
+        """Which loss or gradient is not finite, in words, or else the loss that the guard did not bear."""
+        if self.verdict is Verdict.ACCEPT:
+            return ""
+        return culprit_of(self.result, self.norm) or f"the loss was {self.result.total:.4g}"
 
     def metrics(self) -> dict[str, float | int | str]:
         """Return the row of metrics.jsonl: flat, one value a name; `step` and `tokens` as they stand after the step."""
@@ -333,6 +337,8 @@ class StepReport:
             row |= {"violation": self.violation, "bias": self.bias}
         if self.verdict is not Verdict.ACCEPT:
             row["culprit"] = self.culprit
+        if self.verdict is Verdict.ROLLBACK:
+            row["skipped"] = self.now.sequences
         return row
 
 

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 import pluggy
 import torch
 from attrs import asdict, define, evolve, field, frozen
 
 from tangram.core import checkpoint
+from tangram.core.config import Origin
 from tangram.core.context import Parallel, built
 from tangram.core.contracts import NonFiniteError, State, Stateful
 from tangram.core.executor import Executor
@@ -23,7 +25,8 @@ from tangram.core.model import build_model
 from tangram.core.plan import forward_only
 from tangram.core.plugins import run_manager
 from tangram.core.presets import digest, to_yaml
-from tangram.core.records import EvalReport, Progress, StepReport
+from tangram.core.records import EvalReport, Progress, StepReport, Verdict
+from tangram.core.registry import Mark, mark_of
 from tangram.core.step import Trainer, train_step
 
 
@@ -80,6 +83,13 @@ def sequences_at(experiment: Experiment, now: Progress) -> int:
     """Return the sequences of the step at `now`: the curve, rounded to a multiple of the micro-batch."""
     micro = experiment.train.micro_sequences
     return max(1, round(experiment.train.batch_sequences(now) / micro)) * micro
+
+
+def past_skipped(experiment: Experiment, now: Progress) -> Progress:
+    """Return `now` with the cursor moved past batches that are not to be trained on; they count as no step."""
+    while now.sequences in now.skipped:
+        now = evolve(now, sequences=now.sequences + sequences_at(experiment, now))
+    return now
 
 
 def assemble(experiment: Experiment) -> Trainer:
@@ -189,18 +199,37 @@ class _Session:
         train, run = self.run.experiment.train, self.run
         while run.progress.tokens < train.tokens:
             began = time.perf_counter()
+            run.progress = past_skipped(run.experiment, run.progress)
             batch = run.data.batch(run.progress, sequences_at(run.experiment, run.progress))
             weights = run.model.weights(run.progress)
             try:
                 report = self._timed(train_step(run, batch), began)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {run.progress.step + 1}: {error}") from None
+            if report.verdict is Verdict.ROLLBACK:
+                self._roll_back(view, report)
+                continue
             self.liveness.observe(report, weights)
             self.hooks.tangram_step_ended(run=view, report=report)
             if train.evaluate_every and run.progress.step % train.evaluate_every == 0:
                 self._evaluate(view, train.evaluate_sequences)
             if train.checkpoint_every and run.progress.step % train.checkpoint_every == 0:
                 self.save(view)
+
+    def _roll_back(self, view: RunView, report: StepReport) -> None:
+        """Go back to the last checkpoint, and write into it that the batch of `report` is to be skipped.
+
+        The guard and the observers hear of it before it is sealed. Cut off at any moment, the run is resumed either
+        from before the bad step, and goes back once more, or from after the rollback.
+        """
+        run = self.run
+        found = checkpoint.newest(self.directory / "checkpoints")
+        if found is None:
+            raise RunError("the guard asks for a rollback, but there is no checkpoint: its rolls_back must be True")
+        self._load(found)
+        run.progress = evolve(run.progress, skipped=(*report.now.skipped, report.now.sequences))
+        self.hooks.tangram_step_ended(run=view, report=evolve(report, after=run.progress))
+        self._write(view)
 
     def _timed(self, report: StepReport, began: float) -> StepReport:
         took = time.perf_counter() - began
@@ -232,12 +261,28 @@ class _Session:
             sample = continued(run.model, run.data.tokenizer, train.prompt, 96, temperature=0.7, seed=train.seed)
         probe = run.data.batch(run.progress, train.micro_sequences)
         pieces = tuple(self.liveness.judge(run.model, probe, run.progress))
+        self.note("verdict", {"pieces": [asdict(piece) for piece in pieces], "sample": sample, "peak_rss": peak_rss()})
         return Outcome(self.directory, report, view.references, pieces, sample, peak_rss())
 
+    def about(self) -> dict[str, object]:
+        view = self.view()
+        return {
+            "command": sys.argv,
+            "versions": versions(),
+            "data": self.run.data.fingerprint,
+            "held_out": {"bytes": view.n_bytes, "references": dict(view.references)},
+        }
+
+    def note(self, name: str, content: Mapping[str, object]) -> None:
+        """Write what the report reads and nothing else does."""
+        (self.directory / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
     def save(self, view: RunView) -> None:
+        if self.saved != self.run.progress.step:
+            self._write(view)
+
+    def _write(self, view: RunView) -> None:
         run = self.run
-        if self.saved == run.progress.step:
-            return
         addresses = {parameter: address for address, parameter in run.model.named_parameters()}
         files: dict[str, State] = {
             "model": run.model.state_dict(),
@@ -245,7 +290,7 @@ class _Session:
         }
         files |= {name: part.state() for name, part in self.stateful()}
         state = {
-            "progress": {name: getattr(run.progress, name) for name in ("step", "tokens", "sequences")},
+            "progress": asdict(run.progress),
             "seconds": self.seconds,
             "experiment": digest(run.experiment),
             "data": run.data.fingerprint,
@@ -254,6 +299,7 @@ class _Session:
         }
         path = checkpoint.save(self.directory / "checkpoints", run.progress.step, files, state)
         self.saved = run.progress.step
+        self.note("load", self.liveness.load)
         self.hooks.tangram_checkpoint_saved(run=view, path=path)
 
     def resume(self) -> checkpoint.Found:
@@ -267,44 +313,68 @@ class _Session:
                     f"{found.path} was written by another {name} ({state[name]}, here {have}); "
                     "resume with the same preset and data, or train into another --out"
                 )
+        self._load(found)
+        self.seconds = float(str(state["seconds"]))
+        return found
+
+    def _load(self, found: checkpoint.Found) -> None:
+        run, state = self.run, checkpoint.read_state(found.path)
         checkpoint.load_model(found.path, run.model)
         checkpoint.load_optimizer(found.path, run.optimizer, dict(run.model.named_parameters()))
         for name, part in self.stateful():
             part.load_state(checkpoint.read_file(found.path, name))
         progress, liveness = state["progress"], state["liveness"]
         assert isinstance(progress, dict) and isinstance(liveness, dict)
-        run.progress = Progress(**progress)
-        self.liveness = Liveness(**liveness)
-        self.seconds, self.saved = float(str(state["seconds"])), found.step
-        return found
+        run.progress = Progress(**progress | {"skipped": tuple(progress["skipped"])})
+        self.liveness, self.saved = Liveness(**liveness), found.step
 
 
-def train(experiment: Experiment, out: str | Path | None = None, *, resume: bool = False) -> Outcome:
+def directory_of(experiment: Experiment, out: str | Path | None) -> Path:
+    """Return the run directory: `out`, or else runs/<name>-<hash>."""
+    return Path(out) if out else Path("runs") / f"{experiment.name}-{digest(experiment)}"
+
+
+def train(
+    experiment: Experiment,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    origins: Mapping[str, Origin] = MappingProxyType({}),
+) -> Outcome:
     """Train an experiment into a run directory, by default runs/<name>-<hash>.
+
+    Args:
+        experiment: The resolved preset.
+        out: The run directory.
+        resume: Go on from its newest checkpoint.
+        origins: Where each leaf of the preset was written, for the report.
 
     Raises:
         RunError: The directory holds another run, or nothing to resume.
         BuildError: A component refuses its surroundings.
         NonFiniteError: The guard stopped the run.
     """
-    directory = Path(out) if out else Path("runs") / f"{experiment.name}-{digest(experiment)}"
+    directory = directory_of(experiment, out)
     if not resume and (directory / "experiment.yaml").exists():
         raise RunError(f"{directory} holds a run already; continue it with --resume or choose another --out")
     run = assemble(experiment)
     observers = {name: built(f"observers.{name}", config.build) for name, config in experiment.observers.items()}
     session = _Session(run, directory, observers, run_manager(observers).hook)
     if resume:
+        checkpoint.settle(directory / "checkpoints")
         session.resume()
     else:
         session.liveness.begin(run.model)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
-        about = {"command": sys.argv, "versions": versions(), "data": run.data.fingerprint}
-        (directory / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        session.note("about", session.about())
+        session.note("origins", {path: str(origin) for path, origin in origins.items()})
     view = session.view()
     session.hooks.tangram_run_started(run=view)
     session.hooks.tangram_model_built(run=view, model=run.model)
     try:
+        if run.guard.rolls_back:
+            session.save(view)
         session.steps(view)
         outcome = session.finish(view)
     except BaseException as error:
@@ -314,11 +384,15 @@ def train(experiment: Experiment, out: str | Path | None = None, *, resume: bool
     return outcome
 
 
-def load_run(path: str | Path) -> Trainer:
+def load_run(path: str | Path, *, averaged: bool = False) -> Trainer:
     """Return the trainer of a run as its newest checkpoint left it.
 
+    Args:
+        path: The run directory.
+        averaged: Give the model the averaged weights that the observer `ema` kept, instead of the last ones.
+
     Raises:
-        RunError: There is no run, or no checkpoint.
+        RunError: There is no run, no checkpoint, or no average.
     """
     from tangram.core.presets import load_preset
 
@@ -326,8 +400,13 @@ def load_run(path: str | Path) -> Trainer:
     if not (directory / "experiment.yaml").exists():
         raise RunError(f"{directory} is no run directory: it has no experiment.yaml")
     experiment = load_preset(str(directory / "experiment.yaml"))
+    kept = [name for name, config in experiment.observers.items() if mark_of(type(config)) == Mark("observer", "ema")]
+    if averaged and not kept:
+        raise RunError(f"{directory} has no averaged weights: train with the observer ema (observers.ema={{}})")
     session = _Session(assemble(experiment), directory, {}, run_manager({}).hook)
-    session.resume()
+    found = session.resume()
+    if averaged:
+        checkpoint.load_average(found.path, f"observer-{kept[0]}", session.run.model)
     return session.run
 
 

@@ -1,6 +1,8 @@
-"""What configs say of themselves: a summary, and a line for each field, read from the docstring."""
+"""What configs say of themselves: a summary, a line for each field, and the paper that they follow."""
 
 import inspect
+import re
+import sys
 import types
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -32,6 +34,17 @@ class Field:
 def summary(config: type) -> str:
     """Return the first line of a config class's docstring."""
     return parse(inspect.getdoc(config) or "").short_description or ""
+
+
+_PAPER = re.compile(r"arXiv:\d{4}\.\d{5}(?:, (?:sections?|equations?|eq\.|appendix) [^);]*)?")
+
+
+def paper(config: type) -> str:
+    """Return the paper and section that a component cites first: its own docstring, or else its module's; or ""."""
+    for text in (inspect.getdoc(config), inspect.getdoc(sys.modules[config.__module__])):
+        if found := _PAPER.search(" ".join((text or "").split())):
+            return found.group().rstrip(".,:")
+    return ""
 
 
 def fields(config: type) -> list[Field]:

@@ -9,7 +9,7 @@ from typing import TextIO
 from attrs import frozen
 
 from tangram.core.hookspecs import HOOKIMPL
-from tangram.core.records import EvalReport, StepReport
+from tangram.core.records import EvalReport, Progress, StepReport, Verdict
 from tangram.core.registry import component
 from tangram.core.run import RunView
 
@@ -33,14 +33,15 @@ class Jsonl:
     @HOOKIMPL
     def tangram_run_started(self, run: RunView) -> None:
         """Open the file; of a resumed run, drop what will be run again."""
-        path = run.directory / "metrics.jsonl"
-        if path.exists():
-            _keep(path, run.progress.step)
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._open(run.directory / "metrics.jsonl", run.progress)
 
     @HOOKIMPL
     def tangram_step_ended(self, report: StepReport) -> None:
-        """Write the step."""
+        """Write the step; at a rollback, drop what will be run again."""
+        if report.verdict is Verdict.ROLLBACK:
+            assert self._file is not None
+            self._file.close()
+            self._open(Path(self._file.name), report.after)
         self._write(report.metrics())
 
     @HOOKIMPL
@@ -54,6 +55,11 @@ class Jsonl:
         if self._file is not None:
             self._file.close()
 
+    def _open(self, path: Path, now: Progress) -> None:
+        if path.exists():
+            _keep(path, now)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
     def _write(self, row: dict[str, float | int | str] | dict[str, float | int | bool]) -> None:
         assert self._file is not None
         finite = {name: None if _not_finite(value) else value for name, value in row.items()}
@@ -64,14 +70,19 @@ def _not_finite(value: float | str) -> bool:
     return isinstance(value, float) and not math.isfinite(value)  # which JSON cannot write
 
 
-def _keep(path: Path, step: int) -> None:
+def _keep(path: Path, now: Progress) -> None:
+    """Drop the rows of what comes after `now`, of an end that comes again, and of rollbacks that `now` does not know.
+
+    A run that is cut off before the checkpoint of a rollback is sealed will be rolled back again.
+    """
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:  # the line that a crash cut off
             continue
-        if row["step"] <= step and not (row["step"] == step and row.get("eval.complete")):  # it ends the run again
+        again = row["step"] > now.step or (row["step"] == now.step and row.get("eval.complete"))
+        if not again and row.get("skipped", -1) in (-1, *now.skipped):
             rows.append(line + "\n")
     scratch = path.with_suffix(".writing")
     scratch.write_text("".join(rows), encoding="utf-8")

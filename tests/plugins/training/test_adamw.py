@@ -85,3 +85,47 @@ def test_a_model_of_matrices_or_of_norms_alone_is_stepped_too(kept):
 def test_settings_that_cannot_be_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         AdamWConfig(**settings)
+
+
+def test_bfloat16_moments_stay_within_the_error_that_their_rounding_can_make():
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    config = AdamWConfig(moments="bfloat16", eps=1e-3)
+    coarse, fine = drawn(4), drawn(4)
+    one, two = config.build(coarse), AdamWConfig(eps=1e-3).build(fine)
+    bound = {name: torch.zeros_like(p) for name, p in fine}
+    error = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in fine}
+    for step in range(12):
+        for (_, a), (_, b) in zip(coarse, fine, strict=True):
+            a.grad = normal(*a.shape, seed=50 * step + a.numel())
+            b.grad = a.grad.clone()
+        set_lr(one, 0.01)
+        set_lr(two, 0.01)
+        kept = {name: {key: value.clone() for key, value in two.state[p].items()} for name, p in fine}
+        one.step()
+        two.step()
+        for (name, a), (_, b) in zip(coarse, fine, strict=True):
+            bound[name] += _update_error(error, name, kept[name], two.state[b], step + 1, unit)
+            assert bool(((a - b).abs() <= bound[name] + 1e-12).all()), name
+            assert not torch.equal(a, b) or step == 0
+            assert {one.state[a][key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
+
+
+def _update_error(error, name, kept, state, t, unit):
+    """Return how far the update can be off at step t, and carry on how far the two moments can be."""
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    off_m, off_v = error[name]
+    if t > 1:  # the moments of the step before were rounded once more, then decayed
+        off_m = 0.9 * (off_m + unit * (kept["exp_avg"].abs() + off_m))
+        off_v = 0.95 * (off_v + unit * (kept["exp_avg_sq"] + off_v))
+    error[name] = (off_m, off_v)
+    one, two = 1 - 0.9**t, 1 - 0.95**t
+    root, least = (v / two).sqrt() + 1e-3, ((v - off_v).clamp_min(0) / two).sqrt() + 1e-3
+    return 0.01 / one * ((m.abs() + off_m) / least - m.abs() / root)
+
+
+def test_only_a_second_decay_rate_that_bfloat16_does_not_follow_is_warned_of(recwarn):
+    AdamWConfig(moments="bfloat16", betas=(0.9, 0.95)).build(drawn(0))
+    AdamWConfig(moments="float32", betas=(0.9, 0.999)).build(drawn(0))
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"does not follow betas\[1\] = 0.999"):
+        AdamWConfig(moments="bfloat16", betas=(0.9, 0.999)).build(drawn(0))

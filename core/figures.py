@@ -1,0 +1,272 @@
+"""The pictures of a report: each a function from a run's record to SVG text, or None where it has no data.
+
+The same record gives the same bytes. Colours are those of Okabe and Ito, which the colour-blind tell apart.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from tangram.core.reports import RunRecord, Trace, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tangram.core.measure import Measures
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")
+POINTS = 1000
+"""Most points of a line: more cannot be told apart."""
+
+
+def thinned(trace: Trace, limit: int = POINTS) -> Trace:
+    """Return at most `limit` points of a trace: of each stretch the lowest and the highest, so that no peak is lost."""
+    n = len(trace.y)
+    if n <= limit:
+        return trace
+    stretches = (limit - 2) // 2
+    kept = {0, n - 1}
+    for i in range(stretches):
+        inside = range(i * n // stretches, (i + 1) * n // stretches)
+        kept |= {min(inside, key=trace.y.__getitem__), max(inside, key=trace.y.__getitem__)}
+    order = sorted(kept)
+    return Trace(tuple(trace.x[i] for i in order), tuple(trace.y[i] for i in order))
+
+
+@contextmanager
+def _drawing(key: str, width: float = 4.8, height: float = 3.0) -> "Iterator[tuple[Axes, list[str]]]":
+    """Give axes to draw on; when it ends, the list holds the SVG, its ids prefixed by `key`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    drawn: list[str] = []
+    style = rc_context(
+        {
+            "svg.hashsalt": key,
+            "svg.fonttype": "none",  # letters stay letters: they can be searched, and the file is small
+            "text.parse_math": False,  # a name with a dollar sign is a name
+            "font.size": 10.0,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.3,
+        }
+    )
+    with style:
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure.add_subplot(), drawn
+        drawn.append(_svg(figure, key))
+
+
+def _svg(figure: "Figure", key: str) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # Several pictures share a page, where an id may stand only once.
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", text).rstrip()
+
+
+def _lines(axes: "Axes", traces: Mapping[str, Trace], x: str, y: str) -> None:
+    """Draw one line a trace, told apart by colour and dash."""
+    looks = zip(cycle(COLOURS), cycle(DASHES), strict=False)
+    handles = []
+    for trace, (colour, dash) in zip(map(thinned, traces.values()), looks, strict=False):
+        mark = "o" if len(trace.x) < 3 else ""
+        handles += axes.plot(trace.x, trace.y, color=colour, linestyle=dash, marker=mark, markersize=3)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    _plain_thousands(axes)
+    if len(traces) > 1:
+        axes.legend(handles, list(traces), fontsize=9, frameon=False)
+
+
+def _plain_thousands(axes: "Axes") -> None:
+    """Write 400000 as 400 k on the axis below, for labels that do not run into each other."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _losses(run: RunRecord, over: str, key: str, x: str) -> str | None:
+    traces = {name: run.trace(f"loss.{name}", over) for name in run.objectives}
+    traces = {name: trace for name, trace in traces.items() if trace.x}
+    if not traces:
+        return None
+    with _drawing(key) as (axes, drawn):
+        _lines(axes, traces, x, "loss (nats)")
+    return drawn[0]
+
+
+def losses_over_tokens(run: RunRecord) -> str | None:
+    """Draw every objective's loss over tokens."""
+    return _losses(run, "tokens", "losses-tokens", "tokens")
+
+
+def losses_over_seconds(run: RunRecord) -> str | None:
+    """Draw every objective's loss over seconds."""
+    return _losses(run, "seconds", "losses-seconds", "seconds")
+
+
+def bits_per_byte(run: RunRecord) -> str | None:
+    """Draw the bits per byte of held-out text, and what general compressors need for it."""
+    trace = run.evaluated("eval.bits_per_byte")
+    if not trace.x:
+        return None
+    with _drawing("bits") as (axes, drawn):
+        (line,) = axes.plot(trace.x, trace.y, color=COLOURS[0], marker="o", markersize=4)
+        handles, names = [line], ["this run"]
+        for (name, bits), colour, dash in zip(run.references.items(), cycle(COLOURS[1:]), cycle(DASHES[1:])):
+            handles.append(axes.axhline(bits, color=colour, linestyle=dash))
+            names.append(f"{name} ({bits:.2f})")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("bits per byte")
+        axes.set_ylim(0, 1.08 * max(*trace.y, *run.references.values(), 0))
+        _plain_thousands(axes)
+        axes.legend(handles, names, fontsize=9, frameon=False)
+    return drawn[0]
+
+
+def expert_load(run: RunRecord) -> str | None:
+    """Draw each expert's share of the tokens of its layer over the whole run, 1 when balanced."""
+    rows = {layer: counts for layer, counts in sorted(run.load.items()) if sum(counts)}
+    if not rows:
+        return None
+    widest = max(map(len, rows.values()))
+    shares = [
+        [count * len(counts) / sum(counts) for count in counts] + [float("nan")] * (widest - len(counts))
+        for counts in rows.values()
+    ]
+    with _drawing("load", height=min(1.6 + 0.22 * len(rows), 6.0)) as (axes, drawn):
+        from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
+
+        axes.grid(visible=False)
+        # White is balanced; below 0 there is nothing, and twice the fair share is full colour.
+        image = axes.imshow(shares, cmap="PuOr_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+        every = -(-len(rows) // 16)
+        axes.yaxis.set_major_locator(FixedLocator(list(range(0, len(rows), every))))
+        axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in list(rows)[::every]]))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("expert")
+        axes.set_ylabel("layer")
+        axes.figure.colorbar(image, ax=axes, extend="max", label="share, 1 is fair")
+    return drawn[0]
+
+
+def _single(run: RunRecord, column: str, label: str, log: bool = False, limit: float | None = None) -> str | None:
+    trace = run.trace(column)
+    if not trace.x:
+        return None
+    with _drawing(column) as (axes, drawn):
+        _lines(axes, {column: trace}, "tokens", label)
+        if limit is not None:
+            line = axes.axhline(limit, color=COLOURS[1], linestyle="--")
+            axes.legend([line], [f"clipped above {limit:g}"], fontsize=9, frameon=False)
+        if log and min(trace.y) > 0:
+            _log_scale(axes)
+        elif min(trace.y) >= 0:
+            axes.set_ylim(0, 1.08 * max(trace.y) or 1)
+    return drawn[0]
+
+
+def _log_scale(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def violation(run: RunRecord) -> str | None:
+    """Draw MaxVio of each step, the mean over layers."""
+    return _single(run, "violation", "load violation")
+
+
+def expert_bias(run: RunRecord) -> str | None:
+    """Draw the largest expert bias."""
+    return _single(run, "bias", "largest expert bias")
+
+
+def learning_rate(run: RunRecord) -> str | None:
+    """Draw the learning rate."""
+    return _single(run, "lr", "learning rate")
+
+
+def gradient_norm(run: RunRecord) -> str | None:
+    """Draw the gradient norm before clipping, and the limit."""
+    return _single(run, "grad_norm", "gradient norm", log=True, limit=number(run.setting("train.clip")))
+
+
+def _bars(key: str, parts: Mapping[str, int], label: str) -> str | None:
+    total = sum(parts.values())
+    if not total:
+        return None
+    with _drawing(key, height=1.0 + 0.32 * len(parts)) as (axes, drawn):
+        axes.grid(visible=False, axis="y")
+        bars = axes.barh(list(parts), list(parts.values()), color=COLOURS[0])
+        axes.bar_label(bars, [f"{100 * value / total:.1f} %" for value in parts.values()], padding=3, fontsize=9)
+        axes.invert_yaxis()
+        axes.margins(x=0.18)
+        _plain_thousands(axes)
+        axes.set_xlabel(label)
+    return drawn[0]
+
+
+def parameter_parts(run: RunRecord) -> str | None:
+    """Draw where the parameters are."""
+    return _bars("parameters", parameters_of(run.measures), "parameters") if run.measures else None
+
+
+def flop_parts(run: RunRecord) -> str | None:
+    """Draw where the operations of a training token go."""
+    return _bars("flops", flops_of(run.measures), "FLOP per training token") if run.measures else None
+
+
+def parameters_of(measures: "Measures") -> dict[str, int]:
+    """Return the parameters by part; they add up to those of the main model and of multi-token prediction."""
+    known = measures.parameters
+    parts = {
+        "embedding": known.embedding,
+        "attention": known.attention,
+        "feed-forward": known.feedforward,
+        "head": known.head,
+    }
+    return parts | {"norms": known.total - sum(parts.values()), "objectives": known.mtp}
+
+
+def flops_of(measures: "Measures") -> dict[str, int]:
+    """Return the operations of one training token by part; they add up to `training_flops_per_token`."""
+    known = measures.parameters
+    norms = parameters_of(measures)["norms"]
+    weights = {
+        "attention weights": known.attention,
+        "feed-forward": known.active - known.attention - known.head - norms,
+        "head": known.head,
+        "norms": norms,
+    }
+    parts = {name: 6 * count for name, count in weights.items()}
+    return parts | {"token products": measures.training_flops_per_token - sum(parts.values())}
+
+
+FIGURES: Sequence[tuple[str, str, Callable[[RunRecord], str | None]]] = (
+    ("Losses over tokens", "Each objective, unweighted.", losses_over_tokens),
+    ("Losses over seconds", "The same against the clock, earlier sittings included.", losses_over_seconds),
+    ("Held-out bits per byte", "Lower is better; lines are general compressors on all held-out text.", bits_per_byte),
+    ("Expert load", "Share of a layer's tokens over the whole run; white is balanced.", expert_load),
+    ("Load violation", "MaxVio, (max - mean) / mean of a step's load, mean over layers.", violation),
+    ("Expert bias", "The largest absolute bias of any expert after the step.", expert_bias),
+    ("Learning rate", "As set for each step.", learning_rate),
+    ("Gradient norm", "Before clipping.", gradient_norm),
+    ("Parameters", "Weights by part, all experts counted.", parameter_parts),
+    ("Operations", "Floating-point operations of forward and backward for one token, by part.", flop_parts),
+)
+"""Every picture in order: its title, what it shows, and what draws it."""

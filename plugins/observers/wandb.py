@@ -1,0 +1,180 @@
+"""Weights & Biases as one more view of a run: never its record, never in its way."""
+
+import os
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from attrs import field, frozen
+from attrs.validators import in_, min_len
+
+from tangram.core.hookspecs import HOOKIMPL
+from tangram.core.presets import dump
+from tangram.core.records import EvalReport, StepReport
+from tangram.core.registry import component
+from tangram.core.run import RunView
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline", "disabled", "shared"]
+
+_INIT_TIMEOUT = 20.0
+"""Seconds that a start may wait for the server."""
+
+_FINISH_TIMEOUT = 60.0
+"""Seconds that an end may wait for the upload."""
+
+_TOLERATED = 3
+"""Errors after which nothing more is sent."""
+
+
+@component("observer", use="wandb")
+@frozen(kw_only=True)
+class WandbConfig:
+    """Send the metrics to Weights & Biases, or keep them in the run directory until `wandb sync`.
+
+    Attributes:
+        project: Project in which the run is listed.
+        mode: `auto` is online where an API key is found (WANDB_API_KEY or netrc), else offline; a WANDB_MODE in the
+            environment always wins.
+    """
+
+    project: str = field(default="tangram", validator=min_len(1))
+    mode: Literal["auto", "online", "offline", "disabled"] = field(
+        default="auto", validator=in_(("auto", "online", "offline", "disabled"))
+    )
+
+    def build(self) -> "Wandb":
+        """Build it."""
+        return Wandb(self)
+
+
+class Wandb:
+    """Hands rows to wandb's own process. What goes wrong there is said once and never reaches the run."""
+
+    def __init__(self, config: WandbConfig) -> None:
+        self.config = config
+        self._run: wandb.Run | None = None
+        self._errors = 0
+
+    @HOOKIMPL
+    def tangram_run_started(self, run: RunView) -> None:
+        """Begin, or go on with, the run of this directory."""
+        mode, why = chosen_mode(self.config)
+        if mode == "disabled":
+            return
+        try:
+            self._run, mode, why = self._begin(run, mode, why)
+            self._run.define_metric("*", step_metric="tokens")
+        except Exception as error:
+            self._give_up(error)
+            return
+        if mode == "offline":
+            _say(f"offline ({why}); later: wandb sync {Path(self._run.dir).parent}")
+        else:
+            _say(f"{mode}, {self._run.url}")
+
+    @HOOKIMPL
+    def tangram_step_ended(self, report: StepReport) -> None:
+        """Send the step."""
+        self._log(report.metrics())
+
+    @HOOKIMPL
+    def tangram_evaluated(self, report: EvalReport) -> None:
+        """Send the evaluation."""
+        self._log(report.metrics())
+
+    @HOOKIMPL
+    def tangram_run_ended(self, error: BaseException | None) -> None:
+        """Say how the run ended; wait a while for the upload."""
+        sink = self._run
+        if sink is not None:
+            self._guarded(lambda: sink.finish(exit_code=int(error is not None)))
+
+    def _begin(self, run: RunView, mode: Mode, why: str) -> "tuple[wandb.Run, Mode, str]":
+        """Return the run that was begun and its mode: offline where the server does not answer."""
+        if mode != "offline":
+            try:
+                return self._init(run, mode), mode, why
+            except ImportError:
+                raise
+            except Exception as error:
+                mode, why = "offline", _first_line(error)
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without it, offline still asks for an address
+        return self._init(run, mode), mode, why
+
+    def _init(self, run: RunView, mode: Mode) -> "wandb.Run":
+        import wandb
+
+        directory = run.directory.resolve()
+        return wandb.init(
+            project=self.config.project,
+            id=sha256(str(directory).encode()).hexdigest()[:16],  # a resumed run goes on under it
+            name=directory.name,
+            dir=directory,
+            config=dump(run.experiment),
+            mode=mode,
+            resume="allow",
+            settings=wandb.Settings(
+                init_timeout=_INIT_TIMEOUT,
+                finish_timeout=_FINISH_TIMEOUT,
+                finish_timeout_raises=False,
+                console="off",
+                silent=True,
+            ),
+        )
+
+    def _log(self, row: Mapping[str, float | int | str | bool]) -> None:
+        sink = self._run
+        if sink is not None:
+            self._guarded(lambda: sink.log(dict(row)))
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._errors += 1
+            if self._errors >= _TOLERATED:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        missing = isinstance(error, ImportError)
+        why = "it is not installed: pip install 'tangram-lm[wandb]'" if missing else _first_line(error)
+        _say(f"off for the rest of this run ({why}); metrics.jsonl is the record")
+
+
+def chosen_mode(config: WandbConfig) -> tuple[Mode, str]:
+    """Return the mode of a run, and why it is that one."""
+    asked = os.environ.get("WANDB_MODE", "")
+    for mode, origin in ((asked, "WANDB_MODE"), (config.mode, "the preset")):
+        known: tuple[Mode, ...] = ("online", "offline", "disabled", "shared")
+        for each in known:
+            if mode == each:
+                return each, f"{origin} says so"
+    return ("online", "an API key was found") if has_key() else ("offline", "no API key")
+
+
+def has_key() -> bool:
+    """Return whether the environment or netrc holds an API key for the server."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = os.environ.get("NETRC")
+    try:
+        return netrc(file or str(Path.home() / ".netrc")).authenticators(host) is not None
+    except (OSError, NetrcParseError, RuntimeError):  # none there, not readable, or no home
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _say(line: str) -> None:
+    print(f"wandb: {line}", flush=True)
