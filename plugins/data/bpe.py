@@ -188,7 +188,7 @@ def trained(documents: Sequence[str], vocab_size: int, cache: Cache) -> ByteLeve
 
     key = f"{fingerprint(documents)} {vocab_size} {_RECIPE} {__version__}"
     name = f"{sha256(key.encode()).hexdigest()[:32]}.tokenizer.json"
-    found = _load_tokenizer(cache.folder / name, vocab_size)
+    found = load_tokenizer(cache.folder / name, vocab_size)
     if found is not None:
         return found
     made = train(documents, vocab_size)
@@ -208,7 +208,7 @@ def encoded(documents: Sequence[str], tokenizer: ByteLevelBPE, cache: Cache) -> 
     return made
 
 
-def _load_tokenizer(path: Path, vocab_size: int) -> ByteLevelBPE | None:
+def load_tokenizer(path: Path, vocab_size: int) -> ByteLevelBPE | None:
     """Return the cached tokenizer, or None if it is missing or damaged."""
     from tokenizers import Tokenizer
 

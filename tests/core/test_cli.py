@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, its exit codes, and its errors."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,6 +90,9 @@ def test_show_says_where_every_value_comes_from(shell: Shell) -> None:
 def test_copy_gives_a_preset_to_edit_and_overwrites_nothing(shell: Shell) -> None:
     assert shell("copy", "v3-tiny", "mine.yaml")[0] == 0
     assert shell("diff", "mine.yaml", "v3-tiny")[1].strip() == "no difference"
+    first, schema = Path("mine.yaml").read_text().splitlines()[0].split("$schema=")
+    assert first == "# yaml-language-server: "
+    assert Path(schema).is_file()
     code, _, err = shell("copy", "v3-tiny", "mine.yaml")
     assert code == 2
     assert "mine.yaml is there already" in err
@@ -232,6 +236,23 @@ def test_doctor_says_what_is_here(shell: Shell) -> None:
     assert code == 0
     assert found["torch"].startswith("2.")
     assert found["broken plugins"] == []
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tangram.core.cli", "list"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_component_names_its_paper(shell: Shell) -> None:
+    papers = {(row["slot"], row["use"]): row["paper"] for row in json.loads(shell("list", "--json")[1])["components"]}
+    assert papers["attention", "mla"] == "arXiv:2412.19437, section 2.1.1, equations 1 to 11"
+    assert papers["balancer", "aux_free"] == "arXiv:2408.15664"
+    assert papers["observer", "jsonl"] == ""
+    assert "section 2.1.1" in shell("describe", "attention", "mla")[1]
 
 
 def test_help_and_usage_errors_import_no_torch() -> None:

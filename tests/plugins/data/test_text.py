@@ -13,9 +13,11 @@ from tangram.core.experiment import TrainConfig
 from tangram.core.records import IGNORE, Batch, Progress
 from tangram.core.registry import Registry
 from tangram.plugins.data import synthetic, text
-from tangram.plugins.data.bpe import BOS, EOS, PAD
+from tangram.plugins.data.bpe import BOS, EOS, PAD, SMALLEST_VOCABULARY, train
 from tangram.plugins.data.corpus import DataError, split
-from tangram.plugins.data.text import HeldOutText, Text, TextConfig
+from tangram.plugins.data.shards import Shards
+from tangram.plugins.data.stream import HeldOutStream, Stream
+from tangram.plugins.data.text import TextConfig
 
 VOCAB_SIZE = 300
 DOCUMENTS = [f"document {i}: " + "naïve café 世界 🙂 " * (i % 5) + f"ends {i}.\n" for i in range(120)]
@@ -50,15 +52,15 @@ def build(
     isolate: bool = False,
     vocab_size: int = VOCAB_SIZE,
     held_out_every: int = 5,
-) -> Text:
+) -> Stream:
     config = TextConfig(
         corpus="files", files=(str(corpus),), field="body", isolate=isolate, held_out_every=held_out_every
     )
     return config.build(train_config(length, seed), vocab_size)
 
 
-def held_out_of(data: Text) -> HeldOutText:
-    assert isinstance(data.held_out, HeldOutText)
+def held_out_of(data: Stream) -> HeldOutStream:
+    assert isinstance(data.held_out, HeldOutStream)
     return data.held_out
 
 
@@ -176,7 +178,8 @@ def test_the_references_say_how_well_compressors_do(corpus: Path) -> None:
     assert set(references) == {"gzip -9", "xz -6"}
     assert references == held_out_of(build(corpus)).references
     noise = "".join(chr(33 + i) for i in np.random.default_rng(0).integers(0, 64, 50_000))
-    even = HeldOutText([noise], np.array([BOS, EOS], np.uint16), np.zeros(2, np.int64), 2, None)
+    tokenizer = train([noise], SMALLEST_VOCABULARY)
+    even = HeldOutStream(Shards([tokenizer.encode_documents([noise])]), tokenizer, 2, None)
     for bits in even.references.values():
         assert 6 <= bits < 6.5  # the entropy of a uniform choice of 64
     assert all(0 < bits < 4 for bits in references.values())

@@ -1,0 +1,43 @@
+"""Tokens as data: the shards that `tangram tokenize` wrote, mapped into memory; nothing is read or trained again."""
+
+from pathlib import Path
+
+import attrs
+from attrs import frozen
+from attrs.validators import min_len
+
+from tangram.core.experiment import TrainConfig
+from tangram.core.registry import component
+from tangram.plugins.data import shards
+from tangram.plugins.data.corpus import DataError
+from tangram.plugins.data.stream import Stream
+
+
+@component("data", use="tokens")
+@frozen(kw_only=True)
+class TokensConfig:
+    """Train on tokens that `tangram tokenize` wrote; the batches are those of the text, bit for bit.
+
+    Attributes:
+        folder: The folder that was written, relative to the working directory.
+        isolate: Whether documents that share a sequence are kept from seeing each other.
+    """
+
+    folder: str = attrs.field(validator=min_len(1))
+    isolate: bool = False
+
+    def build(self, train: TrainConfig, vocab_size: int) -> Stream:
+        """Check the files and map them.
+
+        Raises:
+            DataError: A file is missing or damaged, the model has no row for some tokens, or there are too few
+                for one sequence.
+        """
+        corpus = shards.read(Path(self.folder).expanduser())
+        made = corpus.tokenizer.vocab_size
+        if made > vocab_size:
+            raise DataError(
+                f"the tokens of {self.folder} are of a vocabulary of {made}, the model's has {vocab_size}: "
+                f"set model.vocab_size to {made}"
+            )
+        return Stream(corpus, train, isolate=self.isolate)

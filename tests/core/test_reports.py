@@ -1,0 +1,182 @@
+"""The report: everything is told from the run directory alone, nothing is loaded, and gaps are said."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import SMALL, tiny
+
+from tangram.core.cli import main
+from tangram.core.figures import FIGURES, flops_of, parameters_of, thinned
+from tangram.core.pages import NO_DATA, POLICY, page, write_report
+from tangram.core.presets import to_yaml
+from tangram.core.reports import ReportError, RunRecord, Setting, Trace, read_run
+from tangram.core.run import train
+
+STEPS = 6
+HOSTILE = "</title><script>alert(1)</script>\" onload='x' $\\frac & _a"
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.policy = ""
+        self.words = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(attrs)["content"] or ""
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    train(tiny(f"train.tokens={48 * STEPS}"), directory)
+    metrics = directory / "metrics.jsonl"
+    bits = {"step": STEPS, "tokens": 48 * STEPS, "eval.bits_per_byte": 2.5, "eval.complete": True}
+    metrics.write_text(metrics.read_text() + json.dumps(bits) + "\n")  # the synthetic data hold nothing out
+    return directory
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_every_promised_figure_is_drawn_and_nothing_is_loaded(run: Path) -> None:
+    text = write_report(run).read_text()
+    seen = Page(text)
+    assert seen.tags.count("svg") == len(FIGURES)
+    assert seen.policy == POLICY
+    assert not {"script", "link", "iframe", "object"} & set(seen.tags)
+    for name, value in seen.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value is not None and value.startswith(("#", "data:image/")), value
+        assert not name.startswith("on")
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)", text))
+    assert "@import" not in text
+    assert "mathdefault" not in text  # a label that was meant to be typeset
+
+
+def test_an_id_stands_once_and_every_reference_has_its_target(run: Path) -> None:
+    seen = Page(write_report(run).read_text())
+    ids = [value for name, value in seen.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    wanted = {value[1:] for name, value in seen.attributes if name.endswith("href") and value and value[0] == "#"}
+    assert wanted <= set(ids)
+
+
+def test_a_report_repeats_byte_for_byte(run: Path) -> None:
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+def test_the_load_counts_every_choice_of_every_step(run: Path) -> None:
+    load = read_run(run).load
+    assert set(load) == {1, 2, 3}
+    trunk = [sum(load[layer]) for layer in (1, 2)]
+    assert trunk == [48 * STEPS * 2] * 2  # tokens, each with two experts
+    assert all(len(counts) == 8 for counts in load.values())
+
+
+def test_names_and_values_of_the_user_are_text_and_never_markup(run: Path) -> None:
+    record = read_run(run)
+    steps = [{**row, f"loss.{HOSTILE}": 1.0} for row in record.steps]
+    hostile = RunRecord(
+        name=HOSTILE,
+        settings=(Setting(HOSTILE, HOSTILE, HOSTILE),),
+        steps=tuple(steps),
+        evaluations=record.evaluations,
+        sample=HOSTILE,
+        command=(HOSTILE,),
+        versions={HOSTILE: HOSTILE},
+        data=HOSTILE,
+        references={HOSTILE: 2.0},
+        gaps=(HOSTILE,),
+    )
+    seen = Page(page(hostile))
+    assert "script" not in seen.tags
+    assert not [name for name, _ in seen.attributes if name.startswith("on")]
+    assert HOSTILE in seen.words
+
+
+def test_a_hostile_preset_goes_through_the_directory_as_text(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(to_yaml(tiny()).replace("name: v3-tiny", f"name: {json.dumps(HOSTILE)}"))
+    seen = Page(write_report(tmp_path).read_text())
+    assert "script" not in seen.tags
+    assert HOSTILE in seen.words
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "about.json", "origins.json", "load.json", "verdict.json"])
+def test_what_is_missing_or_damaged_leaves_a_gap(run: Path, missing: str) -> None:
+    (run / missing).write_text('{"cut off')
+    assert missing in Page(write_report(run).read_text()).words
+    (run / missing).unlink()
+    write_report(run)
+
+
+def test_a_run_without_experts_or_held_out_text_says_no_data(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    plain = [{k: v for k, v in row.items() if k not in ("violation", "bias")} for row in rows if "loss" in row]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    (run / "load.json").unlink()
+    text = write_report(run).read_text()
+    assert Page(text).tags.count("svg") == len(FIGURES) - 4
+    assert NO_DATA in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"experiment\.yaml"):
+        write_report(tmp_path)
+
+
+def test_parts_add_up_to_the_whole(run: Path) -> None:
+    measures = read_run(run).measures
+    assert measures is not None
+    assert sum(parameters_of(measures).values()) == measures.parameters.total + measures.parameters.mtp
+    assert sum(flops_of(measures).values()) == measures.training_flops_per_token
+    assert min(*flops_of(measures).values(), *parameters_of(measures).values()) >= 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(4, 100))
+def test_thinning_keeps_the_ends_the_peaks_and_the_order(values: list[float], limit: int) -> None:
+    kept = thinned(Trace(tuple(map(float, range(len(values)))), tuple(values)), limit)
+    assert len(kept.x) <= max(limit, 2)
+    assert list(kept.x) == sorted(set(kept.x))
+    assert (kept.x[0], kept.x[-1]) == (0, len(values) - 1)
+    assert (min(kept.y), max(kept.y)) == (min(values), max(values))
+    assert all(values[int(x)] == y for x, y in zip(kept.x, kept.y, strict=True))
+
+
+def test_the_command_writes_the_report_with_the_origin_of_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for arguments, code in (
+        (["report", str(run)], 2),
+        (["train", "v3-tiny", *SMALL, "train.tokens=48", "--out", str(run)], 0),
+        (["report", str(run)], 0),
+    ):
+        with pytest.raises(SystemExit) as exited:
+            main(arguments)
+        assert exited.value.code == code
+        assert (run / "report.html").exists() == (code == 0)
+    assert {s.path: s.origin for s in read_run(run).settings}["model.dim"] == "model.dim=16"
+    assert "warning" not in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""The shipped presets against the papers: what they cost, and every curve at the points that the papers name."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tangram.core.curve import Curve
+from tangram.core.measure import Parameters, measure
+from tangram.core.plugins import Plugins
+from tangram.core.presets import available, dump, load_preset, to_yaml
+from tangram.core.records import Progress
+from tangram.core.run import rehearse
+
+SHIPPED = sorted(available(Plugins.discover()))
+T = 10**12
+
+
+def shape(dim: int, n_moe: int, expert: int, dense: int) -> int:
+    """Return the weights of an auxiliary-loss-free model: 66 SwiGLU experts, 64 biases, a dense block, no tied head."""
+    moe = 66 * 3 * dim * expert + 64 * dim + 64
+    attention = 4 * dim**2 + 2 * dim
+    return n_moe * moe + (n_moe + 1) * attention + 3 * dim * dense + 2 * 32064 * dim + dim
+
+
+PARAMETERS = {
+    "deepseek-v3": 671_026_419_200,
+    "deepseek-v2-lite": 15_706_484_224,
+    "aux-free-1b": shape(1024, 9, 512, 2736),
+    "aux-free-3b": shape(1280, 11, 856, 3416),
+    "v3-tiny": 6 * (32768 + 128 + 24576 + 20480 + 64 + 16384 + 32768)  # MLA
+    + 5 * (33 * 3 * 256 * 128 + 32 * 256 + 32)
+    + 3 * 256 * 512
+    + 2 * 4096 * 256
+    + 13 * 256,
+    "gqa-baseline": 2 * 4096 * 256 + 13 * 256 + 6 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 640),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_preset_is_named_as_its_file_and_what_it_dumps_resolves_to_it(name: str, tmp_path: Path) -> None:
+    experiment = load_preset(name)
+    assert experiment.name == name
+    file = tmp_path / "again.yaml"
+    file.write_text(to_yaml(experiment))
+    assert dump(load_preset(file)) == dump(experiment)
+
+
+@cache
+def parameters(name: str) -> Parameters:
+    return measure(load_preset(name)).parameters
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_preset_builds_without_weights_and_has_the_stated_parameters(name: str) -> None:
+    assert parameters(name).total == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(("name", "active"), [("deepseek-v3", 36_625_618_432), ("deepseek-v2-lite", 2_451_435_008)])
+def test_a_token_passes_through_as_many_parameters_as_published(name: str, active: int) -> None:
+    # The published counts of active parameters leave the embedding out.
+    assert parameters(name).active == active
+
+
+@pytest.mark.parametrize(("name", "billions"), [("aux-free-1b", 1), ("aux-free-3b", 3)])
+def test_the_auxiliary_loss_free_shapes_round_to_their_names(name: str, billions: int) -> None:
+    assert round(PARAMETERS[name] / 1e9) == billions
+
+
+@cache
+def curve_of(name: str, path: str) -> Curve:
+    value: object = dump(load_preset(name))
+    for key in path.split("."):
+        assert isinstance(value, dict)
+        value = value[key]
+    return Curve.parse(value)
+
+
+SPEED = "model.block.feedforward.balancer.speed"
+MTP = "objectives.mtp.weight"
+BATCH = "train.batch_sequences"
+LATE = 10**5
+"""A step after every warm-up."""
+V3_POINTS = [
+    ("train.lr", 0, 0, 0.0),
+    ("train.lr", 1000, 0, 1.1e-4),
+    ("train.lr", 2000, 0, 2.2e-4),
+    ("train.lr", LATE, 10 * T - 1, 2.2e-4),
+    ("train.lr", LATE, 10 * T, 2.2e-4),
+    ("train.lr", LATE, 12.15 * T, (2.2e-4 + 2.2e-5) / 2),
+    ("train.lr", LATE, 14.3 * T, 2.2e-5),
+    ("train.lr", LATE, 14.633 * T - 1, 2.2e-5),
+    ("train.lr", LATE, 14.633 * T, 7.3e-6),
+    ("train.lr", LATE, 14.8 * T, 7.3e-6),
+    (BATCH, 0, 0, 3072),
+    (BATCH, LATE, 234.5e9, (3072 + 15360) / 2),
+    (BATCH, LATE, 469e9, 15360),
+    (BATCH, LATE, 14.8 * T, 15360),
+    (SPEED, 0, 0, 0.001),
+    (SPEED, LATE, 14.3 * T - 1, 0.001),
+    (SPEED, LATE, 14.3 * T, 0.0),
+    (MTP, 0, 0, 0.3),
+    (MTP, LATE, 10 * T - 1, 0.3),
+    (MTP, LATE, 10 * T, 0.1),
+    ("objectives.sequence_balance.weight", LATE, 5 * T, 0.0001),
+]
+
+
+@pytest.mark.parametrize(("path", "step", "tokens", "value"), V3_POINTS)
+def test_every_curve_of_deepseek_v3_is_the_papers(path: str, step: int, tokens: float, value: float) -> None:
+    now = Progress(step=step, tokens=int(tokens))
+    assert curve_of("deepseek-v3", path)(now) == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def test_the_last_batch_of_deepseek_v3_is_63_million_tokens() -> None:
+    train = load_preset("deepseek-v3").train
+    assert train.batch_sequences(Progress(step=LATE, tokens=T)) * train.sequence_length == 62_914_560
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "tokens", "value"),
+    [
+        ("deepseek-v2-lite", 2000, 0, 4.2e-4),
+        ("deepseek-v2-lite", LATE, 0.8 * 5.7 * T - 1, 4.2e-4),
+        ("deepseek-v2-lite", LATE, 0.8 * 5.7 * T, 4.2e-4 * 0.316),
+        ("deepseek-v2-lite", LATE, 0.9 * 5.7 * T, 4.2e-4 * 0.316**2),
+        ("aux-free-1b", 1000, 0, 1e-3),
+        ("aux-free-1b", 20500, 0, (1e-3 + 1e-4) / 2),
+        ("aux-free-1b", 40000, 0, 1e-4),
+        ("aux-free-3b", 45210, 0, 7.8e-4),
+        ("aux-free-3b", 45211, 0, 2.47e-4),
+        ("aux-free-3b", 50862, 0, 7.8e-5),
+    ],
+)
+def test_the_learning_rates_of_the_other_papers_are_theirs(name: str, step: int, tokens: float, value: float) -> None:
+    now = Progress(step=step, tokens=round(tokens))
+    assert curve_of(name, "train.lr")(now) == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("aux-free-1b", 40_000), ("aux-free-3b", 56_514)])
+def test_the_auxiliary_loss_free_runs_take_as_many_steps_as_the_paper(name: str, steps: int) -> None:
+    assert rehearse(load_preset(name)) == steps
+
+
+def test_v2_lite_uses_what_came_before_v3() -> None:
+    lite = dump(load_preset("deepseek-v2-lite"))
+    moe = lite["model"]["block"]["feedforward"]  # type: ignore[index,call-overload]
+    assert (moe["router"]["score"], moe["router"]["normalise"]) == ("softmax", False)  # type: ignore[index,call-overload]
+    assert moe["balancer"] == {"use": "none"}  # type: ignore[index,call-overload]
+    assert "mtp" not in lite["objectives"]  # type: ignore[operator]

@@ -1,0 +1,138 @@
+"""The documents name everything there is, and what they show runs."""
+
+import inspect
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+from tangram.core import experiment, hookspecs
+from tangram.core.cli import main
+from tangram.core.contracts import SLOTS
+from tangram.core.plugins import Plugins
+from tangram.core.presets import available
+from tangram.core.records import Progress
+from tangram.core.schema import fields, summary
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
+PLUGINS = Plugins.discover()
+COMPONENTS = [entry for entry in PLUGINS.registry if entry.origin == "tangram"]
+CONFIGS = [entry.config for entry in COMPONENTS] + [
+    cls for cls in vars(experiment).values() if inspect.isclass(cls) and cls.__module__ == experiment.__name__
+]
+BLOCK = re.compile(r"^```(\w+)(?: ([^\n]+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_every_config_has_a_summary_and_an_entry_for_each_field_and_for_nothing_else(config: type) -> None:
+    assert summary(config)
+    for field in fields(config):
+        assert field.doc, f"{config.__name__} has no Attributes entry for '{field.name}'"
+    documented = re.findall(r"^ {8}(\w+): ", (config.__doc__ or "").partition("Attributes:")[2], re.MULTILINE)
+    strangers = set(documented) - {field.name for field in attrs.fields(config)}
+    assert not strangers, f"{config.__name__} documents {strangers}, which it does not have"
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_every_slot_stands_in_the_page_on_presets(slot: str) -> None:
+    assert f"| `{slot}` |" in page("presets.md")
+
+
+@pytest.mark.parametrize("name", available(PLUGINS))
+def test_every_shipped_preset_stands_in_the_page_on_presets(name: str) -> None:
+    assert re.search(rf"^\|[^|]*`{re.escape(name)}`", page("presets.md"), re.MULTILINE)
+
+
+def test_the_page_of_components_is_what_they_say_of_themselves() -> None:
+    generated = runpy.run_path(str(DOCS / "components.py"))["page"]()
+    for entry in COMPONENTS:
+        assert f"### {entry.mark.use}\n" in generated
+    assert page("components.md") == generated, "stale: run `python docs/components.py > docs/components.md`"
+
+
+def signature(name: str) -> str:
+    text = f"{name}{inspect.signature(getattr(hookspecs, name))}"
+    return re.sub(r"(pathlib|collections\.abc)\.", "", text.replace("'", "")).replace("|", r"\|")
+
+
+HOOKS = [name for name in vars(hookspecs) if name.startswith("tangram_")]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_stands_in_its_page_with_its_exact_signature(hook: str) -> None:
+    assert f"| `{signature(hook)}` |" in page("observers.md")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_is_tested(hook: str) -> None:
+    others = [path for path in ROOT.joinpath("tests").rglob("*.py") if path != Path(__file__)]
+    assert any(hook in path.read_text(encoding="utf-8") for path in others)
+
+
+def test_the_page_on_observers_names_no_hook_that_is_not_there_and_every_observer() -> None:
+    text = page("observers.md")
+    assert set(re.findall(r"\btangram_\w+", text)) <= set(HOOKS)
+    for entry in COMPONENTS:
+        if entry.mark.slot == "observer":
+            assert f"| `{entry.mark.use}` |" in text, f"observer '{entry.mark.use}' is not in docs/observers.md"
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_every_link_leads_somewhere(file: Path) -> None:
+    for target in LINK.findall(file.read_text(encoding="utf-8")):
+        assert (file.parent / target).exists(), f"{file.name} links to {target}"
+
+
+def shell(line: str, folder: Path) -> None:
+    """Run a line of a shell block in `folder`: a command of ours in this process, where torch is loaded."""
+    if line.startswith("tangram ") and not set(line) & set("|><;&$`"):
+        with pytest.raises(SystemExit) as exited:
+            main(shlex.split(line)[1:])
+        assert not exited.value.code, line
+        return
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", line]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("name", ["presets.md", "observers.md", "write-a-plugin.md"])
+def test_what_a_page_shows_runs_from_an_empty_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks marked `file=NAME` are written, shell blocks marked `runnable` are run, in the order of the page."""
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for language, mark, content in BLOCK.findall(page(name)):
+        if mark.startswith("file="):
+            (tmp_path / mark.removeprefix("file=")).write_text(content, encoding="utf-8")
+        elif (language, mark) == ("sh", "runnable"):
+            for line in content.splitlines():
+                shell(line, tmp_path)
+                ran += 1
+    assert ran
+
+
+def test_the_tutorials_balancer_is_alive(tmp_path: Path) -> None:
+    (source,) = (c for _, mark, c in BLOCK.findall(page("write-a-plugin.md")) if mark == "file=proportional.py")
+    (tmp_path / "proportional.py").write_text(source, encoding="utf-8")
+    module = runpy.run_path(str(tmp_path / "proportional.py"))
+    balancer = module["Proportional"](0.5, 4)
+    balancer.update(torch.tensor([8, 4, 4, 0]), Progress())
+    assert balancer.bias().tolist() == [-0.5, 0.0, 0.0, 0.5]
