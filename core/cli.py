@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from cyclopts import App, CycloptsError, Parameter
 
 from tangram.core.process import settle
-from tangram.core.terminal import BROKEN, FAILED, OK, STOPPED, USAGE
-from tangram.core.terminal import as_json as _json
-from tangram.core.terminal import fail as _fail
-from tangram.core.terminal import refuse as _refuse
-from tangram.core.terminal import say as _print
-from tangram.core.terminal import table as _table
-from tangram.core.terminal import words as _words
+from tangram.core.terminal import BROKEN, FAILED, OK, STOPPED, USAGE, as_json, fail, refuse, say, table, words
 
 if TYPE_CHECKING:
     from tangram.core.plugins import Plugins
@@ -53,12 +47,12 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
     from tangram.core.schema import paper, summary
 
     if slot is not None and slot not in SLOTS:
-        return _refuse(f"there is no slot '{slot}'; the slots are {', '.join(SLOTS)}")
+        return refuse(f"there is no slot '{slot}'; the slots are {', '.join(SLOTS)}")
     plugins = _plugins(plugin)
     entries = [entry for entry in plugins.registry if slot in (None, entry.mark.slot)]
     presets = available(plugins) if slot is None else {}
     if json_:
-        return _json(
+        return as_json(
             {
                 "components": [
                     {
@@ -75,11 +69,11 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
             }
         )
     rows = [(e.mark.slot, e.mark.use, summary(e.config), paper(e.config), e.origin) for e in entries]
-    _table(("slot", "use", "what it does", "paper", "origin"), rows)
+    table(("slot", "use", "what it does", "paper", "origin"), rows)
     if presets:
-        _table(("preset", "file"), [(name, str(path)) for name, path in presets.items()])
+        table(("preset", "file"), [(name, str(path)) for name, path in presets.items()])
     for broken in plugins.broken:
-        _print(f"broken: {broken}")
+        say(f"broken: {broken}")
     return OK
 
 
@@ -109,15 +103,15 @@ def _describe_component(slot: str, use: str, json_: bool, plugin: Sequence[Path]
     entry = registry.get(slot, use)
     if entry is None:
         known = registry.uses(slot)
-        return _refuse(f"there is no {slot} '{use}'{suggest(use, known)}; known: {', '.join(known)}")
+        return refuse(f"there is no {slot} '{use}'{suggest(use, known)}; known: {', '.join(known)}")
     described = fields(entry.config)
     if json_:
         rows = [{"name": f.name, "type": f.type, "default": f.default, "doc": f.doc} for f in described]
         what = {"slot": slot, "use": use, "summary": summary(entry.config), "paper": paper(entry.config)}
-        return _json(what | {"origin": entry.origin, "fields": rows})
+        return as_json(what | {"origin": entry.origin, "fields": rows})
     cited = paper(entry.config)
-    _print(f"{slot} '{use}' ({entry.origin}): {summary(entry.config)}" + (f" [{cited}]" if cited else ""))
-    _table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.doc) for f in described])
+    say(f"{slot} '{use}' ({entry.origin}): {summary(entry.config)}" + (f" [{cited}]" if cited else ""))
+    table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.doc) for f in described])
     return OK
 
 
@@ -127,11 +121,11 @@ def _describe_preset(preset: str, overrides: Sequence[str], json_: bool, plugin:
     resolved = _resolve(preset, overrides, plugin)
     measures = _building(resolved, lambda: measure(resolved.experiment)).as_dict()
     if json_:
-        return _json({"name": resolved.experiment.name} | measures)
+        return as_json({"name": resolved.experiment.name} | measures)
     parameters = measures.pop("parameters")
     assert isinstance(parameters, dict)
     rows = [(f"parameters.{name}", f"{count:,}") for name, count in parameters.items()]
-    _table((resolved.experiment.name, ""), rows + [(name, f"{value:,}") for name, value in measures.items()])
+    table((resolved.experiment.name, ""), rows + [(name, f"{value:,}") for name, value in measures.items()])
     return OK
 
 
@@ -150,14 +144,14 @@ def show(preset: str, /, *overrides: Overrides, origin: bool = False, json_: Jso
         leaves = flatten(resolved.experiment)
         origins = {path: str(resolved.origins[path]) for path in leaves}
         if json_:
-            return _json({path: {"value": leaves[path], "origin": origins[path]} for path in leaves})
+            return as_json({path: {"value": leaves[path], "origin": origins[path]} for path in leaves})
         width = max(map(len, leaves))
         for path, value in leaves.items():
-            _print(f"{path:{width}}  {json.dumps(value)}  # {origins[path]}")
+            say(f"{path:{width}}  {json.dumps(value)}  # {origins[path]}")
         return OK
     if json_:
-        return _json(dump(resolved.experiment))
-    _print(to_yaml(resolved.experiment).rstrip())
+        return as_json(dump(resolved.experiment))
+    say(to_yaml(resolved.experiment).rstrip())
     return OK
 
 
@@ -173,9 +167,9 @@ def diff(a: str, b: str, /, *, json_: Json = False, plugin: Files = ()) -> int:
 
     changes = difference(_resolve(a, (), plugin).experiment, _resolve(b, (), plugin).experiment)
     if json_:
-        return _json({path: {"a": before, "b": after} for path, (before, after) in changes.items()})
+        return as_json({path: {"a": before, "b": after} for path, (before, after) in changes.items()})
     rows = [(path, json.dumps(before), json.dumps(after)) for path, (before, after) in changes.items()]
-    _table(("path", a, b), rows) if rows else _print("no difference")
+    table(("path", a, b), rows) if rows else say("no difference")
     return OK
 
 
@@ -189,13 +183,13 @@ def copy(preset: str, file: Path, /, *, plugin: Files = ()) -> int:
     """
     resolved = _resolve(preset, (), plugin)
     if file.exists():
-        return _refuse(f"{file} is there already; choose another name")
+        return refuse(f"{file} is there already; choose another name")
     if not file.parent.is_dir():
-        return _refuse(f"there is no folder {file.parent}")
+        return refuse(f"there is no folder {file.parent}")
     text = resolved.file.read_text(encoding="utf-8")
     schema = resolved.file.with_name("schema.json").resolve()
     file.write_text(text.replace("$schema=schema.json", f"$schema={schema}", 1), encoding="utf-8")
-    _print(f"{file}: a copy of {resolved.file}; change it and run `tangram train {file}`")
+    say(f"{file}: a copy of {resolved.file}; change it and run `tangram train {file}`")
     return OK
 
 
@@ -204,7 +198,7 @@ def schema(*, json_: Json = False, plugin: Files = ()) -> int:
     """Print the JSON schema of presets, with which editors complete and check them; --json prints it on one line."""
     from tangram.core.preset_schema import preset_schema
 
-    _print(json.dumps(preset_schema(_plugins(plugin).registry), indent=None if json_ else 1))
+    say(json.dumps(preset_schema(_plugins(plugin).registry), indent=None if json_ else 1))
     return OK
 
 
@@ -222,8 +216,8 @@ def check(preset: str, /, *overrides: Overrides, json_: Json = False, plugin: Fi
     measures = _building(resolved, lambda: measure(resolved.experiment))
     steps = _building(resolved, lambda: rehearse(resolved.experiment))
     if json_:
-        return _json({"name": resolved.experiment.name, "ok": True, "steps": steps} | measures.as_dict())
-    _print(
+        return as_json({"name": resolved.experiment.name, "ok": True, "steps": steps} | measures.as_dict())
+    say(
         f"{resolved.experiment.name}: fine; {measures.parameters.total:,} parameters, "
         f"{measures.parameters.active:,} active, {steps:,} steps"
     )
@@ -245,13 +239,13 @@ def tokenize(preset: str, folder: Path, /, *overrides: Overrides, plugin: Files 
     asked = resolved.experiment
     data = _building(resolved, lambda: built("data", asked.data.build, asked.train, asked.model.vocab_size))
     if not isinstance(data, Writable):
-        return _refuse(f"the data of {asked.name} makes its tokens up; tokenize a preset whose data is text")
+        return refuse(f"the data of {asked.name} makes its tokens up; tokenize a preset whose data is text")
     try:
         data.write(folder)
     except ValueError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     override = f"data={{use: tokens, folder: {folder}}}"
-    _print(f"{folder}: the tokens of {asked.name}; train on them with `tangram train {preset} '{override}'`")
+    say(f"{folder}: the tokens of {asked.name}; train on them with `tangram train {preset} '{override}'`")
     return OK
 
 
@@ -281,11 +275,11 @@ def train(
         outcome = _building(resolved, lambda: run(resolved.experiment, out, resume=resume, origins=origins))
     except NonFiniteError as error:
         _draw(directory_of(resolved.experiment, out))
-        return _fail(f"stopped before the update of {error}")
+        return fail(f"stopped before the update of {error}")
     _draw(outcome.directory)
     _print_outcome(outcome)
     if outcome.dead:
-        return _fail("\n".join(f"{piece.name} had no effect: {piece.why}" for piece in outcome.dead))
+        return fail("\n".join(f"{piece.name} had no effect: {piece.why}" for piece in outcome.dead))
     return OK
 
 
@@ -303,18 +297,18 @@ def _print_outcome(outcome: "Outcome") -> None:
     if outcome.evaluation is not None:
         _print_bits(outcome.evaluation, outcome.references)
     if outcome.sample:
-        _print(f"sample:\n{outcome.sample}")
+        say(f"sample:\n{outcome.sample}")
     for piece in outcome.pieces:
         word = {True: "alive", False: "dead", None: "too short to tell"}[piece.alive]
-        _print(f"{piece.name}: {word} ({piece.why})")
-    _print(f"peak memory {outcome.peak_rss / 2**30:.2f} GiB; everything is in {outcome.directory}")
+        say(f"{piece.name}: {word} ({piece.why})")
+    say(f"peak memory {outcome.peak_rss / 2**30:.2f} GiB; everything is in {outcome.directory}")
 
 
 def _print_bits(report: "EvalReport", references: Mapping[str, float]) -> None:
     if report.bits_per_byte is not None:
         others = ", ".join(f"{name} {bits:.3f}" for name, bits in references.items())
         ours = f"{report.bits_per_byte:.3f} bits per byte"
-        _print(f"held-out text ({report.n_bytes:,} bytes): {ours}; the same text by {others}")
+        say(f"held-out text ({report.n_bytes:,} bytes): {ours}; the same text by {others}")
 
 
 @app.command
@@ -331,14 +325,14 @@ def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False) -> int:
     trainer = load_run(run, averaged=ema)
     report, held_out = evaluated(trainer), trainer.data.held_out
     if report is None or held_out is None:
-        return _refuse(f"{run} was trained on data without held-out text")
+        return refuse(f"{run} was trained on data without held-out text")
     weights = "averaged" if ema else "last"
     if json_:
-        return _json(report.metrics() | {"weights": weights, "references": dict(held_out.references)})
-    _print(f"step {report.now.step}, {weights} weights")
+        return as_json(report.metrics() | {"weights": weights, "references": dict(held_out.references)})
+    say(f"step {report.now.step}, {weights} weights")
     _print_bits(report, held_out.references)
     for name, loss in report.losses.items():
-        _print(f"loss.{name}: {loss:.4f}")
+        say(f"loss.{name}: {loss:.4f}")
     return OK
 
 
@@ -355,10 +349,10 @@ def report(run: Path, /, *, json_: Json = False) -> int:
     try:
         path = write_report(run)
     except ReportError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     if json_:
-        return _json({"report": str(path)} | summary(read_run(run)))
-    _print(str(path))
+        return as_json({"report": str(path)} | summary(read_run(run)))
+    say(str(path))
     return OK
 
 
@@ -369,8 +363,8 @@ def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
 
     findings = examine(_plugins(plugin))
     if json_:
-        return _json(findings)
-    _table(("what", "found"), [(name, _words(value)) for name, value in findings.items()])
+        return as_json(findings)
+    table(("what", "found"), [(name, words(value)) for name, value in findings.items()])
     return OK
 
 
