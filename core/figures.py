@@ -259,7 +259,7 @@ def flops_of(measures: "Measures") -> dict[str, int]:
 
 FIGURES: Sequence[tuple[str, str, Callable[[RunRecord], str | None]]] = (
     ("Losses over tokens", "Each objective, unweighted.", losses_over_tokens),
-    ("Losses over seconds", "The same against the clock, earlier sittings included.", losses_over_seconds),
+    ("Losses over seconds", "The same against the clock, what came before a resume included.", losses_over_seconds),
     ("Held-out bits per byte", "Lower is better; lines are general compressors on all held-out text.", bits_per_byte),
     ("Expert load", "Share of a layer's tokens over the whole run; white is balanced.", expert_load),
     ("Load violation", "MaxVio, (max - mean) / mean of a step's load, mean over layers.", violation),

@@ -282,7 +282,7 @@ class StepReport:
         verdict: The guard's word.
         routed: Layers (rows of `result.load`) that have a router.
         bias: Largest absolute expert bias after the step, over all layers.
-        seconds: Wall seconds of the run up to the end of the step, earlier sittings included.
+        seconds: Wall seconds of the run up to the end of the step, what came before a resume included.
         tokens_per_second: Tokens of this step over its wall seconds.
     """
 
