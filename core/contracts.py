@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from tangram.core.curve import Curve
@@ -261,7 +262,6 @@ class TokenObjective(nn.Module, ABC):
 
     def phases(self, name: str, batch: Batch, shared: Shared) -> list[Phase]:
         """Return the phases that add this loss, under `name`, to the carry; by default one around `forward`."""
-        from attrs import evolve
 
         def run(carry: Carry) -> Carry:
             assert carry.trunk is not None

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 
 from tangram.core.figures import FIGURES
-from tangram.core.reports import Finding, RunRecord, number, read_run
+from tangram.core.liveness import Piece
+from tangram.core.reports import RunRecord, number, read_run
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """The content security policy: nothing is loaded, nothing runs."""
@@ -147,7 +148,7 @@ def _pieces(run: RunRecord) -> str:
     return _table(("piece", "verdict", "what was seen"), rows)
 
 
-def _word(piece: Finding) -> str:
+def _word(piece: Piece) -> str:
     if piece.alive is None:
         return "too short to tell"
     return "alive" if piece.alive else '<span class="dead">dead</span>'

@@ -88,16 +88,6 @@ class Batch:
             raise ValueError(f"{len(self.tokens)} sequences do not divide into {count} micro-batches")
         return self.rows(index * size, (index + 1) * size)
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`."""
-        return evolve(
-            self,
-            tokens=self.tokens.to(device),
-            targets=None if self.targets is None else self.targets.to(device),
-            positions=self.positions.to(device),
-            segments=self.segments.to(device),
-        )
-
 
 @frozen(eq=False)
 class RouterStats:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from tangram.core.config import ConfigError, Node, Plain, Scalar, load
+from tangram.core.liveness import Piece
 
 if TYPE_CHECKING:
     from tangram.core.measure import Measures
@@ -34,21 +35,6 @@ class Setting:
     path: str
     value: Scalar
     origin: str
-
-
-@frozen
-class Finding:
-    """What became of one named piece.
-
-    Attributes:
-        name: Its dotted path.
-        alive: Whether it had an effect; None where the run was too short to tell.
-        why: What was seen.
-    """
-
-    name: str
-    alive: bool | None
-    why: str
 
 
 @frozen
@@ -90,7 +76,7 @@ class RunRecord:
     steps: tuple[Row, ...] = ()
     evaluations: tuple[Row, ...] = ()
     load: Mapping[int, tuple[int, ...]] = field(factory=dict)
-    pieces: tuple[Finding, ...] = ()
+    pieces: tuple[Piece, ...] = ()
     sample: str = ""
     command: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(factory=dict)
@@ -229,10 +215,10 @@ def _load(entries: Mapping[str, Plain]) -> dict[int, tuple[int, ...]]:
     }
 
 
-def _pieces(value: Plain) -> Iterator[Finding]:
+def _pieces(value: Plain) -> Iterator[Piece]:
     for entry in map(_map, _list(value)):
         alive = entry.get("alive")
-        yield Finding(str(entry.get("name")), alive if isinstance(alive, bool) else None, str(entry.get("why")))
+        yield Piece(str(entry.get("name")), alive if isinstance(alive, bool) else None, str(entry.get("why")))
 
 
 def _settings(tree: Node, origins: Mapping[str, Plain], path: str = "") -> Iterator[Setting]:

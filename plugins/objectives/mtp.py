@@ -1,5 +1,6 @@
 """Multi-token prediction (arXiv:2412.19437, section 2.2, equations 21 to 25)."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -94,7 +95,7 @@ class MTP(TokenObjective):
             before = depth.norm
         return phases
 
-    def _join(self, k: int, depth: Depth, before: nn.Module, batch: Batch, shared: Shared):  # type: ignore[no-untyped-def]
+    def _join(self, k: int, depth: Depth, before: nn.Module, batch: Batch, shared: Shared) -> Callable[[Carry], Carry]:
         def join(carry: Carry) -> Carry:
             hidden = carry.trunk if k == 1 else carry.hidden
             assert hidden is not None
@@ -106,7 +107,7 @@ class MTP(TokenObjective):
 
         return join
 
-    def _score(self, k: int, depth: Depth, name: str, batch: Batch, shared: Shared):  # type: ignore[no-untyped-def]
+    def _score(self, k: int, depth: Depth, name: str, batch: Batch, shared: Shared) -> Callable[[Carry], Carry]:
         def score(carry: Carry) -> Carry:
             assert carry.hidden is not None
             loss = shared.head.loss(depth.norm(carry.hidden), further_targets(batch, k), batch.n_targets)
