@@ -17,7 +17,8 @@ from tangram.kernels.products import product_dtype
 BLOCKED = 512
 """Longest sequence that takes the product in blocks: `python benchmarks/attention_cpu.py` shows the crossover."""
 
-_BLOCKS = 4
+_BLOCK = 64
+"""Queries of one block."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Tensor) -> Tensor:
@@ -69,8 +70,7 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _spans(length: int) -> list[tuple[int, int]]:
-    size = -(-length // _BLOCKS)
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+    return [(start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK)]
 
 
 def _heads_first(x: Tensor) -> Tensor:

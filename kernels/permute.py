@@ -119,5 +119,5 @@ class _Unpermute(torch.autograd.Function):
             gates_grad = dots.index_select(0, inverse.flatten()).view_as(gates).to(gates.dtype)
         if ctx.needs_input_grad[0]:
             weights = gates.flatten().index_select(0, slots).to(wide)
-            rows_grad = (weights.unsqueeze(1) * per_row).to(rows.dtype)
+            rows_grad = per_row.mul_(weights.unsqueeze(1)).to(rows.dtype)
         return rows_grad, gates_grad, None, None, None

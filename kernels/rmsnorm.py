@@ -27,18 +27,18 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(accumulator(x.dtype))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale * weight).to(x.dtype)
+        return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
         normed, wide_grad = x * scale, grad.to(scale.dtype)
+        per_element = wide_grad * normed  # serves both gradients
         x_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
-            inner = wide_grad * weight
-            x_grad = scale * (inner - normed * (inner * normed).mean(-1, keepdim=True))
-            x_grad = x_grad.to(x.dtype)
+            mean = (per_element @ weight.to(scale.dtype)).unsqueeze(-1) / x.shape[-1]
+            x_grad = (wide_grad * weight).sub_(normed.mul_(mean)).mul_(scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            weight_grad = (wide_grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            weight_grad = per_element.flatten(0, -2).sum(0).to(weight.dtype)
         return x_grad, weight_grad, None
