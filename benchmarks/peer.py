@@ -95,6 +95,8 @@ def as_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for address, tensor in state.items():
         parts = address.split(".")
         match parts:
+            case ["objectives", *_]:
+                continue  # the peer has no multi-token prediction
             case ["embedding", "weight"]:
                 named["model.embed_tokens.weight"] = tensor
             case ["norm", "weight"]:

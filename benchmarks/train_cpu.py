@@ -21,9 +21,9 @@ import peer
 import torch
 from torch.nn import functional as F
 
+from tangram.core.assembly import assemble
 from tangram.core.process import settle
 from tangram.core.records import IGNORE, Batch
-from tangram.core.run import assemble
 from tangram.core.step import train_step
 
 SIDES = ("tangram", "transformers", "transformers, values padded")

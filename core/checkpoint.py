@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,7 +35,13 @@ class Found:
     refused: tuple[str, ...] = ()
 
 
-def save(root: Path, step: int, files: Mapping[str, State], state: Mapping[str, object]) -> Path:
+def save(
+    root: Path,
+    step: int,
+    files: Mapping[str, State],
+    state: Mapping[str, object],
+    stream: Callable[[Path], object] | None = None,
+) -> Path:
     """Write `root/step-N` whole or not at all.
 
     Args:
@@ -43,29 +49,79 @@ def save(root: Path, step: int, files: Mapping[str, State], state: Mapping[str, 
         step: Steps taken.
         files: Contents of each file, by name without suffix.
         state: What goes into state.json.
+        stream: Writes further files into the folder that it is given: what is too large for a `State`.
+
+    Raises:
+        CheckpointError: The disk is full, or refuses; earlier checkpoints are as they were.
     """
+    from safetensors import SafetensorError
+
     final = root / f"step-{step}"
     scratch = root / f".step-{step}.writing"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    for name, content in files.items():
-        _write_state(scratch / f"{name}.safetensors", content)
-    _write(scratch / "state.json", json.dumps(state, indent=1).encode())
-    entries = {path.name: _entry(path) for path in sorted(scratch.iterdir())}
-    _write(scratch / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1).encode())
-    _sync(scratch)
-    _commit(scratch, final)
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        for name, content in files.items():
+            _write_state(scratch / f"{name}.safetensors", content)
+        if stream is not None:
+            stream(scratch)
+        _write(scratch / "state.json", json.dumps(state, indent=1).encode())
+        seal(scratch, step)
+        _commit(scratch, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(
+            f"{final} could not be written: {why}; the checkpoints before it are whole: make room, then --resume"
+        ) from error
     return final
 
 
+def seal(folder: Path, step: int) -> None:
+    """Write the manifest of all files in `folder`: from here on it is a checkpoint."""
+    entries = {path.name: _entry(path) for path in sorted(folder.iterdir())}
+    _write(folder / MANIFEST, _manifest(step, entries))
+    _sync(folder)
+
+
+def prune(root: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Delete old checkpoints once that of `step` is verified.
+
+    Args:
+        root: The run's folder of checkpoints.
+        step: The newest, which was just written.
+        keep_last: Newest checkpoints to keep.
+        keep_every: Those at multiples of so many steps are kept too; 0 for none.
+
+    Raises:
+        CheckpointError: What was just written is not whole; nothing was deleted.
+    """
+    verify(root / f"step-{step}")
+    older = sorted((n for n in map(_step_of, root.glob("step-*")) if 0 <= n <= step), reverse=True)
+    for number in older[keep_last:]:
+        if not keep_every or number % keep_every:
+            doomed = root / f".step-{number}.deleted"  # a name that no reader takes for a checkpoint
+            (root / f"step-{number}").rename(doomed)
+    for doomed in root.glob(".step-*.deleted"):
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def settle(root: Path) -> None:
-    """Finish what a crash cut off: put sealed checkpoints into their place. Only the process that saves may."""
+    """Finish what a crash cut off: put sealed checkpoints into their place, and clear away what was not sealed.
+
+    Only the process that saves may.
+    """
     for scratch in root.glob(".step-*.writing"):
         try:
             verify(scratch)
         except CheckpointError:
-            continue  # it was not sealed yet
-        _commit(scratch, root / scratch.name.removeprefix(".").removesuffix(".writing"))
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            _commit(scratch, root / f"step-{_step_of(scratch)}")
+
+
+def _manifest(step: int, entries: Mapping[str, object]) -> bytes:
+    return json.dumps({"step": step, "files": entries}, indent=1).encode()
 
 
 def _commit(scratch: Path, final: Path) -> None:
@@ -91,14 +147,17 @@ def newest(root: Path) -> Found | None:
 
 
 def verify(path: Path) -> None:
-    """Compare every file with the manifest.
+    """Compare every file with the manifest, and the manifest with what would be written.
 
     Raises:
         CheckpointError: Something is missing, cut or changed.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        content = (path / MANIFEST).read_bytes()
+        manifest = json.loads(content)
         entries = dict(manifest["files"])
+        if content != _manifest(_step_of(path), entries):
+            raise ValueError("it is not as it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no readable {MANIFEST} ({error})") from None
     for name, entry in entries.items():
@@ -131,25 +190,6 @@ def load_model(path: Path, model: nn.Module) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{path / 'model.safetensors'} does not fit the experiment: {error}") from None
-
-
-def load_average(path: Path, name: str, model: nn.Module) -> None:
-    """Load averaged weights by address from the file `name` over the model's own; its buffers stay.
-
-    Raises:
-        CheckpointError: There is no such file, or it does not hold the parameters of this model.
-    """
-    file = path / f"{name}.safetensors"
-    if not file.exists():
-        raise CheckpointError(f"{file} is not there: the run kept no averaged weights")
-    average, parameters = read_file(path, name), dict(model.named_parameters())
-    wrong = sorted(average.keys() ^ parameters.keys())
-    if wrong:
-        raise CheckpointError(f"{file} does not fit the experiment: {wrong[0]} is in only one of them")
-    with torch.no_grad():
-        for address, value in average.items():
-            assert isinstance(value, Tensor)
-            parameters[address].copy_(value)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, addresses: Mapping[nn.Parameter, str]) -> State:
@@ -200,5 +240,5 @@ def _entry(path: Path) -> dict[str, int | str]:
 
 
 def _step_of(path: Path) -> int:
-    number = path.name.removeprefix("step-")
+    number = path.name.removeprefix(".").removesuffix(".writing").removeprefix("step-")
     return int(number) if number.isdigit() else -1

@@ -3,20 +3,33 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
 from tangram.core.process import settle
-from tangram.core.terminal import BROKEN, FAILED, OK, STOPPED, USAGE, as_json, fail, refuse, say, table, words
+from tangram.core.terminal import (
+    BROKEN,
+    FAILED,
+    KILLED,
+    OK,
+    STOPPED,
+    USAGE,
+    as_json,
+    fail,
+    print_bits,
+    print_outcome,
+    refuse,
+    say,
+    table,
+    words,
+)
 
 if TYPE_CHECKING:
     from tangram.core.plugins import Plugins
     from tangram.core.presets import Resolved
-    from tangram.core.records import EvalReport
-    from tangram.core.run import Outcome
 
 app = App(
     name="tangram",
@@ -209,8 +222,8 @@ def check(preset: str, /, *overrides: Overrides, json_: Json = False, plugin: Fi
     Args:
         preset: Name or file.
     """
+    from tangram.core.assembly import rehearse
     from tangram.core.measure import measure
-    from tangram.core.run import rehearse
 
     resolved = _resolve(preset, overrides, plugin)
     measures = _building(resolved, lambda: measure(resolved.experiment))
@@ -266,18 +279,29 @@ def train(
         resume: Go on from the newest checkpoint there.
     """
     from tangram.core.contracts import NonFiniteError
-    from tangram.core.run import directory_of
+    from tangram.core.interruption import RunInterruptedError
+    from tangram.core.run import directory_of, resumable
     from tangram.core.run import train as run
 
     resolved = _resolve(preset, overrides, plugin)
-    origins = resolved.origins
+    experiment, origins = resolved.experiment, resolved.origins
+    directory = directory_of(experiment, out)
+    found = resumable(directory) if resume else None
+    if found is not None:
+        refused = "".join(f"\n  passed over {why}" for why in found.refused)
+        say(f"resuming from {found.path}, the newest checkpoint that is whole{refused}")
     try:
-        outcome = _building(resolved, lambda: run(resolved.experiment, out, resume=resume, origins=origins))
+        outcome = _building(resolved, lambda: run(experiment, directory, resume=found or False, origins=origins))
+    except RunInterruptedError as error:
+        print(error, file=sys.stderr)
+        return STOPPED
     except NonFiniteError as error:
-        _draw(directory_of(resolved.experiment, out))
+        _draw(directory)
         return fail(f"stopped before the update of {error}")
+    except OSError as error:
+        return fail(f"the run could not go on: {error}; --resume goes on from its last checkpoint")
     _draw(outcome.directory)
-    _print_outcome(outcome)
+    print_outcome(outcome)
     if outcome.dead:
         return fail("\n".join(f"{piece.name} had no effect: {piece.why}" for piece in outcome.dead))
     return OK
@@ -293,24 +317,6 @@ def _draw(directory: Path) -> None:
         print(f"warning: no report was drawn ({error}); `tangram report {directory}` tries again", file=sys.stderr)
 
 
-def _print_outcome(outcome: "Outcome") -> None:
-    if outcome.evaluation is not None:
-        _print_bits(outcome.evaluation, outcome.references)
-    if outcome.sample:
-        say(f"sample:\n{outcome.sample}")
-    for piece in outcome.pieces:
-        word = {True: "alive", False: "dead", None: "too short to tell"}[piece.alive]
-        say(f"{piece.name}: {word} ({piece.why})")
-    say(f"peak memory {outcome.peak_rss / 2**30:.2f} GiB; everything is in {outcome.directory}")
-
-
-def _print_bits(report: "EvalReport", references: Mapping[str, float]) -> None:
-    if report.bits_per_byte is not None:
-        others = ", ".join(f"{name} {bits:.3f}" for name, bits in references.items())
-        ours = f"{report.bits_per_byte:.3f} bits per byte"
-        say(f"held-out text ({report.n_bytes:,} bytes): {ours}; the same text by {others}")
-
-
 @app.command
 def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False) -> int:
     """Evaluate a run's newest checkpoint on all held-out text; the run is left as it is.
@@ -319,7 +325,7 @@ def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False) -> int:
         run: The run directory.
         ema: Take the averaged weights that the observer ema kept.
     """
-    from tangram.core.run import evaluate as evaluated
+    from tangram.core.evaluation import evaluate as evaluated
     from tangram.core.run import load_run
 
     trainer = load_run(run, averaged=ema)
@@ -330,7 +336,7 @@ def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False) -> int:
     if json_:
         return as_json(report.metrics() | {"weights": weights, "references": dict(held_out.references)})
     say(f"step {report.now.step}, {weights} weights")
-    _print_bits(report, held_out.references)
+    print_bits(report, held_out.references)
     for name, loss in report.losses.items():
         say(f"loss.{name}: {loss:.4f}")
     return OK
@@ -403,8 +409,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except KeyboardInterrupt:
-        print("interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(STOPPED)
+        print("interrupted", file=sys.stderr)
+        sys.exit(KILLED)
     except Exception as error:
         known = _exit_code(error)
         if known is None:
@@ -423,7 +429,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, PluginError):
         return BROKEN
     from tangram.core.checkpoint import CheckpointError
-    from tangram.core.run import RunError
+    from tangram.core.session import RunError
 
     if isinstance(error, RunError):
         return USAGE

@@ -60,6 +60,15 @@ class Stateful(Protocol):
         ...
 
 
+@runtime_checkable
+class Averaging(Protocol):
+    """An observer that keeps an average of the weights; the run is evaluated with it at its end."""
+
+    def averaged(self) -> Mapping[str, Tensor]:
+        """Return the average of every parameter by its address."""
+        ...
+
+
 # --- inside the model -------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tangram.core.plugins import Plugins
-from tangram.core.run import versions
+from tangram.core.process import versions
 from tangram.kernels import native_bfloat16
 
 _PACKAGES = (

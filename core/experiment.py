@@ -101,6 +101,8 @@ class TrainConfig:
         evaluate_every: Steps between evaluations on part of the held-out text; 0 for none before the end.
         evaluate_sequences: Held-out sequences of such an evaluation; the one at the end sees all.
         checkpoint_every: Steps between checkpoints; 0 for one at the end only.
+        keep_last: Newest checkpoints to keep; an older one is deleted once a newer one is written and verified.
+        keep_every: Checkpoints at multiples of so many steps are kept too; 0 for none.
         prompt: Text that the sample at the end continues; empty for no sample.
     """
 
@@ -114,6 +116,8 @@ class TrainConfig:
     evaluate_every: int = field(default=0, validator=ge(0))
     evaluate_sequences: int = field(default=64, validator=gt(0))
     checkpoint_every: int = field(default=0, validator=ge(0))
+    keep_last: int = field(default=2, validator=gt(0))
+    keep_every: int = field(default=0, validator=ge(0))
     prompt: str = ""
 
 

@@ -12,7 +12,7 @@ import pluggy
 if TYPE_CHECKING:
     from tangram.core.model import Model
     from tangram.core.records import EvalReport, StepReport
-    from tangram.core.run import RunView
+    from tangram.core.session import RunView
 
 HOOKSPEC = pluggy.HookspecMarker("tangram")
 HOOKIMPL = pluggy.HookimplMarker("tangram")

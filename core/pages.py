@@ -61,6 +61,7 @@ def page(run: RunRecord) -> str:
     """Return the report as HTML. The same record gives the same text."""
     sections = [
         ("Curves", _figures(run)),
+        ("Held-out text", _held_out(run)),
         ("Pieces", _pieces(run)),
         ("Costs", _costs(run)),
         ("Sample", _verbatim(run.sample)),
@@ -141,6 +142,20 @@ def _figures(run: RunRecord) -> str:
     return '<div class="figures">\n' + "\n".join(parts) + "\n</div>"
 
 
+def _held_out(run: RunRecord) -> str:
+    """Return the last evaluation, with the last weights and with every average of them."""
+    if not run.evaluations:
+        return _none("nothing was held out, or the run ended before its first evaluation")
+    evaluated = {"last": run.evaluations[-1]} | {f"averaged by {name}": row for name, row in run.averaged.items()}
+    losses = [name for name in run.evaluations[-1] if name.startswith("eval.loss.")]
+    header = ("weights", "bits per byte", *(_text(name.removeprefix("eval.loss.")) for name in losses))
+    rows = [
+        (_text(name), *(_figure(number(row.get(column)), ".3f") for column in ("eval.bits_per_byte", *losses)))
+        for name, row in evaluated.items()
+    ]
+    return _table(header, rows)
+
+
 def _pieces(run: RunRecord) -> str:
     if not run.pieces:
         return _none("the run has not ended well, or was made before verdicts were kept")
@@ -155,17 +170,23 @@ def _word(piece: Piece) -> str:
 
 
 def _costs(run: RunRecord) -> str:
-    if run.measures is None:
-        return _none()
-    parameters = run.measures.parameters
-    rows = (
-        ("parameters, main model", parameters.total),
-        ("parameters, active for one token", parameters.active),
-        ("parameters, owned by objectives", parameters.mtp),
-        ("cache bytes per token", run.measures.kv_cache_bytes_per_token),
-        ("training operations per token", run.measures.training_flops_per_token),
-    )
-    return _table(("cost", "count"), [(name, f"{count:,}") for name, count in rows])
+    rows = []
+    if run.measures is not None:
+        parameters = run.measures.parameters
+        counts = {
+            "parameters, main model": parameters.total,
+            "parameters, active for one token": parameters.active,
+            "parameters, owned by objectives": parameters.mtp,
+            "cache bytes per token": run.measures.kv_cache_bytes_per_token,
+            "training operations per token": run.measures.training_flops_per_token,
+        }
+        rows += [(name, f"{count:,}") for name, count in counts.items()]
+    if run.saving:
+        held_up, share = (
+            _figure(run.saving.get(name), style) for name, style in (("held_up", ".2f"), ("share", ".1%"))
+        )
+        rows.append(("seconds that training waited for checkpoints", f"{held_up} ({share})"))
+    return _table(("cost", "measured or counted"), rows) if rows else _none()
 
 
 def _settings(run: RunRecord) -> str:

@@ -1,7 +1,8 @@
-"""What a training process asks of its operating system. Called before torch is loaded."""
+"""What a training process asks of its operating system, and what it says of itself. Loads no torch by itself."""
 
 import ctypes
 import os
+import platform
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
@@ -19,3 +20,18 @@ def settle() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, 1 << 30)
             mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def versions() -> dict[str, str]:
+    """Return what the numbers of a run depend on."""
+    import torch
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+
+
+def peak_rss() -> int:
+    """Return the largest resident memory of this process so far, bytes."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -60,6 +60,8 @@ class RunRecord:
         steps: The rows of metrics.jsonl that are steps.
         evaluations: The rows that are evaluations.
         load: Tokens per expert of each layer with a router, over the whole run.
+        averaged: The last evaluation with averaged weights, a row for each observer that keeps an average, by name.
+        saving: What the checkpoints cost, see `tangram.core.saver.Saving`; empty where the run did not end well.
         pieces: What became of each named piece; empty where the run did not end well.
         sample: The continued prompt; empty where there is none.
         command: The command line, word by word.
@@ -76,6 +78,8 @@ class RunRecord:
     steps: tuple[Row, ...] = ()
     evaluations: tuple[Row, ...] = ()
     load: Mapping[int, tuple[int, ...]] = field(factory=dict)
+    averaged: Mapping[str, Row] = field(factory=dict)
+    saving: Mapping[str, float] = field(factory=dict)
     pieces: tuple[Piece, ...] = ()
     sample: str = ""
     command: tuple[str, ...] = ()
@@ -147,6 +151,8 @@ def read_run(directory: str | Path) -> RunRecord:
         steps=tuple(row for row in rows if not _is_evaluation(row)),
         evaluations=tuple(row for row in rows if _is_evaluation(row)),
         load=_load(files["load"]),
+        averaged={name: _leaves(_map(row)) for name, row in _map(verdict.get("averaged")).items()},
+        saving=_numbers(_map(verdict.get("saving"))),
         pieces=tuple(_pieces(verdict.get("pieces"))),
         sample=str(verdict.get("sample", "")),
         command=tuple(map(str, _list(about.get("command")))),
@@ -205,6 +211,10 @@ def _list(value: Plain) -> list[Plain]:
 
 def _numbers(entries: Mapping[str, Plain]) -> dict[str, float]:
     return {name: known for name, value in entries.items() if (known := number(value)) is not None}
+
+
+def _leaves(entries: Mapping[str, Plain]) -> Row:
+    return {name: value for name, value in entries.items() if not isinstance(value, dict | list)}
 
 
 def _load(entries: Mapping[str, Plain]) -> dict[int, tuple[int, ...]]:

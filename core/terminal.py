@@ -3,9 +3,15 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-OK, FAILED, USAGE, BROKEN, STOPPED = 0, 1, 2, 3, 75
-"""Exit codes: all went well; the run failed; usage or config; a plugin that is named does not load; interrupted."""
+if TYPE_CHECKING:
+    from tangram.core.records import EvalReport
+    from tangram.core.session import Outcome
+
+OK, FAILED, USAGE, BROKEN, STOPPED, KILLED = 0, 1, 2, 3, 75, 130
+"""Exit codes: all went well; the run failed; usage or config; a plugin that is named does not load; a run stopped and
+saved on request; Ctrl-C with nothing saved."""
 
 
 def say(text: str) -> None:
@@ -48,3 +54,31 @@ def words(value: object) -> str:
     if isinstance(value, list):
         return "\n".join(map(str, value)) or "none"
     return str(value)
+
+
+def print_outcome(outcome: "Outcome") -> None:
+    """Print how a run ended."""
+    if outcome.evaluation is not None:
+        print_bits(outcome.evaluation, outcome.references)
+        for name, report in outcome.averaged.items():
+            if report.bits_per_byte is not None:
+                say(f"with the weights averaged by {name}: {report.bits_per_byte:.3f} bits per byte")
+    if outcome.sample:
+        say(f"sample:\n{outcome.sample}")
+    for piece in outcome.pieces:
+        word = {True: "alive", False: "dead", None: "too short to tell"}[piece.alive]
+        say(f"{piece.name}: {word} ({piece.why})")
+    saving = outcome.saving
+    say(
+        f"{saving.checkpoints} checkpoints held training up for {saving.held_up:.1f} s ({saving.share:.1%}), "
+        f"written beside it in {saving.writing:.1f} s"
+    )
+    say(f"peak memory {outcome.peak_rss / 2**30:.2f} GiB; everything is in {outcome.directory}")
+
+
+def print_bits(report: "EvalReport", references: Mapping[str, float]) -> None:
+    """Print what an evaluation found, beside general compressors."""
+    if report.bits_per_byte is not None:
+        others = ", ".join(f"{name} {bits:.3f}" for name, bits in references.items())
+        ours = f"{report.bits_per_byte:.3f} bits per byte"
+        say(f"held-out text ({report.n_bytes:,} bytes): {ours}; the same text by {others}")

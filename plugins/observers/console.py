@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from tangram.core.hookspecs import HOOKIMPL
 from tangram.core.records import EvalReport, StepReport, Verdict
 from tangram.core.registry import component
-from tangram.core.run import RunView
+from tangram.core.session import RunView
 
 
 @component("observer", use="console")

@@ -69,10 +69,14 @@ class EMA:
         """End the worker."""
         self._worker.shutdown()
 
-    def state(self) -> State:
+    def averaged(self) -> Mapping[str, Tensor]:
         """Return the average by address, float32, once it is up to date."""
         self._wait()
         return self._average
+
+    def state(self) -> State:
+        """Return the average."""
+        return self.averaged()
 
     def load_state(self, state: State) -> None:
         """Go on from an average."""

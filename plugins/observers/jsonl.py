@@ -11,7 +11,7 @@ from attrs import frozen
 from tangram.core.hookspecs import HOOKIMPL
 from tangram.core.records import EvalReport, Progress, StepReport, Verdict
 from tangram.core.registry import component
-from tangram.core.run import RunView
+from tangram.core.session import RunView
 
 
 @component("observer", use="jsonl")

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from tangram.core.hookspecs import HOOKIMPL
 from tangram.core.records import StepReport
 from tangram.core.registry import component
-from tangram.core.run import RunView
+from tangram.core.session import RunView
 
 _ROWS = 30
 

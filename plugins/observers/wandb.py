@@ -15,7 +15,7 @@ from tangram.core.hookspecs import HOOKIMPL
 from tangram.core.presets import dump
 from tangram.core.records import EvalReport, StepReport
 from tangram.core.registry import component
-from tangram.core.run import RunView
+from tangram.core.session import RunView
 
 if TYPE_CHECKING:
     import wandb

@@ -10,7 +10,10 @@ from tiny import tiny
 
 from tangram.core import load_run
 from tangram.core.cli import main
-from tangram.core.run import evaluate, train
+from tangram.core.evaluation import evaluate
+from tangram.core.pages import page
+from tangram.core.reports import read_run
+from tangram.core.run import train
 
 SHORT = ("train.tokens=192", "model.vocab_size=300", "observers.ema.decay=0.5")
 
@@ -86,3 +89,13 @@ def test_what_cannot_be_evaluated_exits_with_2_and_says_why(tmp_path, capsys):
         assert code == 2
         assert text in err
         assert "Traceback" not in out + err
+
+
+def test_the_run_ends_with_the_averaged_weights_evaluated_and_the_report_shows_both(run, capsys):
+    last, averaged = (json.loads(command(capsys, run, *flags, "--json")[1]) for flags in ((), ("--ema",)))
+    record = read_run(run)
+    assert record.averaged["ema"]["eval.bits_per_byte"] == averaged["eval.bits_per_byte"]
+    assert record.evaluations[-1]["eval.bits_per_byte"] == last["eval.bits_per_byte"]
+    text = page(record)
+    assert "averaged by ema" in text
+    assert f"<td>{averaged['eval.bits_per_byte']:.3f}</td>" in text

@@ -5,9 +5,9 @@ import torch
 from attrs import evolve
 from tiny import tiny
 
+from tangram.core.assembly import assemble
 from tangram.core.liveness import MIN_STEPS, Liveness, Piece, objective_gradients
 from tangram.core.records import IGNORE, Batch, Loss, RouterStats
-from tangram.core.run import assemble
 from tangram.core.step import Trainer, train_step
 from tangram.plugins.moe.balancers import AuxFree
 from tangram.plugins.objectives.balance import SequenceBalance

@@ -10,10 +10,12 @@ import torch
 from tiny import tiny
 
 from tangram.core import checkpoint, load_run
+from tangram.core.assembly import assemble, past_skipped, sequences_at
 from tangram.core.contracts import NonFiniteError
 from tangram.core.experiment import Experiment
 from tangram.core.records import Batch, Progress, StepReport
-from tangram.core.run import RunError, assemble, past_skipped, sequences_at, train
+from tangram.core.run import train
+from tangram.core.session import RunError
 from tangram.core.step import Trainer, train_step
 
 GROWING = "train.batch_sequences=[{until: 192, value: 4}, {value: 6}]"
@@ -77,7 +79,7 @@ def test_the_run_goes_on_as_one_that_never_saw_the_bad_batch(
     bad: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("tangram.core.run.train_step", poisoned(*bad, seen=seen))
+    monkeypatch.setattr("tangram.core.session.train_step", poisoned(*bad, seen=seen))
     train(experiment(), tmp_path / "run")
     assert all(seen.count(cursor) == 1 for cursor in bad)
     run, expected = load_run(tmp_path / "run"), without(experiment(), bad)
@@ -115,7 +117,7 @@ def after(count: int, function: Callable[..., object]) -> Callable[..., object]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tangram.core.run.train_step", poisoned(8, 26, seen=[]))
+        patch.setattr("tangram.core.session.train_step", poisoned(8, 26, seen=[]))
         train(experiment(), directory)
     return directory
 
@@ -135,7 +137,7 @@ def test_cut_off_before_in_or_after_a_rollback_it_is_resumed_exactly(
     where: str, calls: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = poisoned(8, 26, seen=[])
-    monkeypatch.setattr("tangram.core.run.train_step", after(calls, step) if where == "step" else step)
+    monkeypatch.setattr("tangram.core.session.train_step", after(calls, step) if where == "step" else step)
     owner, name = {
         "step": (None, ""),
         "load": (checkpoint, "load_optimizer"),
@@ -147,7 +149,7 @@ def test_cut_off_before_in_or_after_a_rollback_it_is_resumed_exactly(
             patch.setattr(owner, name, after(calls, getattr(owner, name)))
         with pytest.raises(PowerCutError):
             train(experiment(), tmp_path / "run")
-    monkeypatch.setattr("tangram.core.run.train_step", step)
+    monkeypatch.setattr("tangram.core.session.train_step", step)
     train(experiment(), tmp_path / "run", resume=True)
     same(load_run(tmp_path / "run"), load_run(uninterrupted))
     assert load_run(tmp_path / "run").progress == load_run(uninterrupted).progress
@@ -158,11 +160,11 @@ def test_cut_off_before_in_or_after_a_rollback_it_is_resumed_exactly(
 def test_a_batch_stays_skipped_after_a_crash_even_if_the_fault_does_not_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tangram.core.run.train_step", after(4, poisoned(8, seen=[])))
+    monkeypatch.setattr("tangram.core.session.train_step", after(4, poisoned(8, seen=[])))
     with pytest.raises(PowerCutError):
         train(experiment(), tmp_path / "run")
     seen: list[int] = []
-    monkeypatch.setattr("tangram.core.run.train_step", poisoned(seen=seen))
+    monkeypatch.setattr("tangram.core.session.train_step", poisoned(seen=seen))
     train(experiment(), tmp_path / "run", resume=True)
     assert 8 not in seen
     assert load_run(tmp_path / "run").progress.skipped == (8,)
@@ -172,7 +174,7 @@ def test_a_batch_stays_skipped_after_a_crash_even_if_the_fault_does_not_come_aga
 def test_one_rollback_too_many_stops_the_run_and_says_at_which_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tangram.core.run.train_step", poisoned(8, 20, 26, seen=[]))
+    monkeypatch.setattr("tangram.core.session.train_step", poisoned(8, 20, 26, seen=[]))
     with pytest.raises(NonFiniteError, match=r"step 5: loss .* is nan; .* rolled back 2 times already"):
         train(experiment(), tmp_path / "run")
 
@@ -180,7 +182,7 @@ def test_one_rollback_too_many_stops_the_run_and_says_at_which_step(
 def test_a_guard_that_asks_for_a_rollback_unannounced_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tangram.core.run.train_step", poisoned(8, seen=[]))
+    monkeypatch.setattr("tangram.core.session.train_step", poisoned(8, seen=[]))
     monkeypatch.setattr("tangram.plugins.training.guards.Rollback.rolls_back", False)
     with pytest.raises(RunError, match="no checkpoint: its rolls_back must be True"):
         train(experiment(), tmp_path / "run")

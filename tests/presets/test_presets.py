@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tangram.core.assembly import rehearse
 from tangram.core.curve import Curve
 from tangram.core.measure import Parameters, measure
 from tangram.core.plugins import Plugins
 from tangram.core.presets import available, dump, load_preset, to_yaml
 from tangram.core.records import Progress
-from tangram.core.run import rehearse
 
 SHIPPED = sorted(available(Plugins.discover()))
 T = 10**12

@@ -3,8 +3,8 @@
 import torch
 
 from tangram.core import load_preset
+from tangram.core.assembly import assemble
 from tangram.core.experiment import Experiment
-from tangram.core.run import assemble
 from tangram.core.step import Trainer
 
 SMALL = (

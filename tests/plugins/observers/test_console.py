@@ -12,7 +12,7 @@ from tiny import tiny
 from tangram.core.experiment import Experiment
 from tangram.core.plugins import run_manager
 from tangram.core.records import EvalReport, GradientNorm, Progress, Result, StepReport, Verdict
-from tangram.core.run import RunView
+from tangram.core.session import RunView
 from tangram.plugins.observers.console import ConsoleConfig
 
 

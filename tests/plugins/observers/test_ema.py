@@ -11,9 +11,11 @@ from tiny import tiny
 
 from tangram.core import checkpoint, load_run
 from tangram.core.contracts import Stateful
+from tangram.core.evaluation import set_weights
 from tangram.core.plugins import run_manager
 from tangram.core.records import GradientNorm, Progress, Result, StepReport, Verdict
-from tangram.core.run import RunError, RunView, train
+from tangram.core.run import train
+from tangram.core.session import RunError, RunView
 from tangram.core.step import train_step
 from tangram.plugins.observers.ema import EMA, EMAConfig
 from tangram.testing import tolerance
@@ -144,7 +146,7 @@ def test_interrupted_and_resumed_it_is_the_same_bit_for_bit(whole, tmp_path, mon
             raise RuntimeError("power cut")
         return train_step(run, batch)
 
-    monkeypatch.setattr("tangram.core.run.train_step", dying)
+    monkeypatch.setattr("tangram.core.session.train_step", dying)
     with pytest.raises(RuntimeError, match="power cut"):
         train(experiment, tmp_path / "run")
     monkeypatch.undo()
@@ -169,10 +171,9 @@ def test_averaged_weights_that_were_not_kept_are_missed(tmp_path):
         load_run(tmp_path / "run", averaged=True)
 
 
-def test_an_average_of_other_weights_is_refused(whole, tmp_path):
-    path = checkpoint.save(tmp_path, 1, {NAME: {"a": torch.zeros(3)}}, {})
-    with pytest.raises(checkpoint.CheckpointError, match="b is in only one"):
-        checkpoint.load_average(path, NAME, Weights())
+def test_an_average_of_other_weights_is_refused(whole):
+    with pytest.raises(KeyError, match="other is in only one"):
+        set_weights(load_run(whole).model, averages(whole) | {"other": torch.zeros(3)})
 
 
 @settings(max_examples=5)

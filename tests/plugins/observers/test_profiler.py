@@ -11,7 +11,8 @@ from tiny import tiny
 from tangram.core import load_run
 from tangram.core.plugins import run_manager
 from tangram.core.records import GradientNorm, Progress, Result, StepReport, Verdict
-from tangram.core.run import RunView, train
+from tangram.core.run import train
+from tangram.core.session import RunView
 from tangram.plugins.observers.profiler import ProfilerConfig
 
 

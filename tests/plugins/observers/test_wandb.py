@@ -10,7 +10,8 @@ from tiny import tiny
 from tangram.core import load_run
 from tangram.core.plugins import run_manager
 from tangram.core.records import GradientNorm, Progress, Result, StepReport, Verdict
-from tangram.core.run import RunView, train
+from tangram.core.run import train
+from tangram.core.session import RunView
 from tangram.plugins.observers.wandb import WandbConfig, chosen_mode, has_key
 
 wandb = pytest.importorskip("wandb")

@@ -12,7 +12,7 @@ from tiny import tiny
 from torch import nn
 
 from tangram.core import checkpoint
-from tangram.core.run import assemble
+from tangram.core.assembly import assemble
 from tangram.core.step import set_lr, train_step
 from tangram.plugins.training.adamw import AdamWConfig
 from tangram.plugins.training.muon import MuonConfig, orthogonalised

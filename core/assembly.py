@@ -1,0 +1,78 @@
+"""From an experiment to what a step works on."""
+
+from attrs import evolve
+
+from tangram.core.context import Parallel, built
+from tangram.core.executor import Executor
+from tangram.core.experiment import Experiment
+from tangram.core.model import build_model
+from tangram.core.records import Progress
+from tangram.core.step import Trainer
+
+
+def assemble(experiment: Experiment) -> Trainer:
+    """Build everything a step works on.
+
+    Raises:
+        BuildError: A component refuses its surroundings; the message begins with its dotted path.
+    """
+    train, parallel = experiment.train, Parallel()
+    data = built("data", experiment.data.build, train, experiment.model.vocab_size)
+    model = build_model(experiment, train.seed, parallel=parallel)
+    sharding = built("parallel.sharding", experiment.parallel.sharding.build, parallel)
+    pipeline = built("parallel.pipeline", experiment.parallel.pipeline.build)
+    parameters = sharding.attach(model)
+    return Trainer(
+        experiment=experiment,
+        model=model,
+        executor=Executor(
+            model,
+            lambda microbatches: pipeline.schedule(1, microbatches),
+            train.micro_sequences,
+            parallel.weight_grads,
+            sharding.reduce,
+        ),
+        sharding=sharding,
+        optimizer=built("optimizer", experiment.optimizer.build, parameters),
+        guard=built("guard", experiment.guard.build),
+        data=data,
+        progress=Progress(),
+    )
+
+
+def rehearse(experiment: Experiment) -> int:
+    """Build what surrounds the model, lay out every step, and return their number.
+
+    Raises:
+        BuildError: A component refuses its surroundings, or a schedule a number of micro-batches.
+    """
+    train = experiment.train
+    built("data", experiment.data.build, train, experiment.model.vocab_size)
+    built("guard", experiment.guard.build)
+    for name, observer in experiment.observers.items():
+        built(f"observers.{name}", observer.build)
+    model = build_model(experiment, device="meta")
+    sharding = built("parallel.sharding", experiment.parallel.sharding.build, Parallel())
+    built("optimizer", experiment.optimizer.build, sharding.attach(model))
+    pipeline = built("parallel.pipeline", experiment.parallel.pipeline.build)
+    now, sizes = Progress(), set[int]()
+    while now.tokens < train.tokens:
+        sequences = sequences_at(experiment, now)
+        sizes.add(sequences // train.micro_sequences)
+        now = Progress(now.step + 1, now.tokens + sequences * train.sequence_length, now.sequences + sequences)
+    for microbatches in {min(sizes), max(sizes)}:
+        built("parallel.pipeline", pipeline.schedule, 1, microbatches)
+    return now.step
+
+
+def sequences_at(experiment: Experiment, now: Progress) -> int:
+    """Return the sequences of the step at `now`: the curve, rounded to a multiple of the micro-batch."""
+    micro = experiment.train.micro_sequences
+    return max(1, round(experiment.train.batch_sequences(now) / micro)) * micro
+
+
+def past_skipped(experiment: Experiment, now: Progress) -> Progress:
+    """Return `now` with the cursor moved past batches that are not to be trained on; they count as no step."""
+    while now.sequences in now.skipped:
+        now = evolve(now, sequences=now.sequences + sequences_at(experiment, now))
+    return now

@@ -1,0 +1,62 @@
+"""Losses on held-out text."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from tangram.core.context import Parallel
+from tangram.core.executor import Executor
+from tangram.core.model import Model
+from tangram.core.plan import forward_only
+from tangram.core.records import EvalReport
+from tangram.core.step import Trainer
+
+
+def evaluate(run: Trainer, limit: int | None = None) -> EvalReport | None:
+    """Return the losses on held-out text, all of it or `limit` sequences; None where there is none."""
+    held_out = run.data.held_out
+    if held_out is None:
+        return None
+    micro = run.experiment.train.micro_sequences
+    executor = Executor(run.model, forward_only, micro, Parallel().weight_grads, lambda: None)
+    nats: dict[str, float] = {}
+    targets, size = 0, 0
+    batches = held_out.batches(micro)
+    for batch, n_bytes in batches if limit is None else islice(batches, math.ceil(limit / micro)):
+        result = executor.run(batch, run.progress)
+        for name, loss in result.losses.items():
+            nats[name] = nats.get(name, 0.0) + loss * batch.n_targets
+        targets, size = targets + batch.n_targets, size + n_bytes
+    losses = {name: value / targets for name, value in nats.items() if name in run.model.objectives}
+    bits = nats["next_token"] / math.log(2) / size if "next_token" in nats and size else None
+    return EvalReport(run.progress, losses, bits, targets, size, complete=size == held_out.n_bytes)
+
+
+@contextmanager
+def with_weights(model: Model, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the model other weights, by address, inside; its buffers stay."""
+    parameters = dict(model.named_parameters())
+    own = {address: parameter.detach().clone() for address, parameter in parameters.items()}
+    try:
+        set_weights(model, weights)
+        yield
+    finally:
+        set_weights(model, own)
+
+
+def set_weights(model: Model, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights by address into the model's parameters.
+
+    Raises:
+        KeyError: They are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    if weights.keys() != parameters.keys():
+        raise KeyError(f"{min(weights.keys() ^ parameters.keys())} is in only one of the model and the weights")
+    with torch.no_grad():
+        for address, parameter in parameters.items():
+            parameter.copy_(weights[address])
