@@ -1,13 +1,13 @@
 """The report of a run: one HTML file that needs nothing else, no network and no script."""
 
 import json
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from tangram.core.figures import FIGURES
+from tangram.core.files import write_whole
 from tangram.core.liveness import Piece
 from tangram.core.reports import RunRecord, number, read_run
 
@@ -51,9 +51,7 @@ def write_report(directory: str | Path) -> Path:
         ConfigError: Its experiment.yaml cannot be read.
     """
     path = Path(directory) / "report.html"
-    scratch = path.with_suffix(".writing")
-    scratch.write_text(page(read_run(directory)), encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, page(read_run(directory)))
     return path
 
 

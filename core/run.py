@@ -12,6 +12,7 @@ from tangram.core.context import built
 from tangram.core.contracts import Averaging
 from tangram.core.evaluation import set_weights
 from tangram.core.experiment import Experiment
+from tangram.core.files import write_whole
 from tangram.core.plugins import run_manager
 from tangram.core.presets import digest, to_yaml
 from tangram.core.saver import Saver
@@ -24,18 +25,20 @@ def directory_of(experiment: Experiment, out: str | Path | None) -> Path:
     return Path(out) if out else Path("runs") / f"{experiment.name}-{digest(experiment)}"
 
 
-def resumable(directory: str | Path) -> Found:
-    """Return the newest checkpoint of a run directory that is whole; only the process that will train may ask.
+def resumable(directory: str | Path) -> Found | None:
+    """Return the newest checkpoint of a run that is whole; None where the run ended before it saved one.
+
+    Only the process that will train may ask: it clears away what a crash left.
 
     Raises:
-        RunError: There is none.
-        CheckpointError: None is whole.
+        RunError: There is no run.
+        CheckpointError: There are checkpoints, and none is whole.
     """
     root = Path(directory) / "checkpoints"
     checkpoint.settle(root)
     found = checkpoint.newest(root)
-    if found is None:
-        raise RunError(f"{directory} has no checkpoint to resume from; leave out --resume to start anew")
+    if found is None and not (Path(directory) / "experiment.yaml").exists():
+        raise RunError(f"{directory} holds no run to resume; leave out --resume to start one")
     return found
 
 
@@ -51,7 +54,7 @@ def train(
     Args:
         experiment: The resolved preset.
         out: The run directory.
-        resume: Go on from its newest checkpoint, or from this one.
+        resume: Go on from the newest checkpoint, or from this one; a run that has none begins again.
         origins: Where each leaf of the preset was written, for the report.
 
     Raises:
@@ -67,12 +70,13 @@ def train(
     run = assemble(experiment)
     observers = {name: built(f"observers.{name}", config.build) for name, config in experiment.observers.items()}
     session = _session(run, directory, observers)
-    if resume:
-        session.resume(resumable(directory) if resume is True else resume)
+    found = resumable(directory) if resume is True else resume or None
+    if found is not None:
+        session.resume(found)
     else:
         session.liveness.begin(run.model)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")
+        write_whole(directory / "experiment.yaml", to_yaml(experiment))
         session.note("about", session.about())
         session.note("origins", {path: str(origin) for path, origin in origins.items()})
     view = session.view()

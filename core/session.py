@@ -14,6 +14,7 @@ from tangram.core.assembly import past_skipped, sequences_at
 from tangram.core.contracts import Averaging, NonFiniteError, State, Stateful
 from tangram.core.evaluation import evaluate, with_weights
 from tangram.core.experiment import Experiment
+from tangram.core.files import write_whole
 from tangram.core.interruption import Interruption
 from tangram.core.liveness import Liveness, Piece
 from tangram.core.presets import digest
@@ -230,7 +231,7 @@ class Session:
 
     def note(self, name: str, content: Mapping[str, object]) -> None:
         """Write what the report reads and nothing else does."""
-        (self.directory / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_whole(self.directory / f"{name}.json", json.dumps(content, indent=1))
 
     def save(self, view: RunView) -> None:
         """Write a checkpoint of this step, unless there is one."""

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TextIO
 
 from attrs import frozen
 
+from tangram.core.files import write_whole
 from tangram.core.hookspecs import HOOKIMPL
 from tangram.core.records import EvalReport, Progress, StepReport, Verdict
 from tangram.core.registry import component
@@ -84,6 +84,4 @@ def _keep(path: Path, now: Progress) -> None:
         again = row["step"] > now.step or (row["step"] == now.step and row.get("eval.complete"))
         if not again and row.get("skipped", -1) in (-1, *now.skipped):
             rows.append(line + "\n")
-    scratch = path.with_suffix(".writing")
-    scratch.write_text("".join(rows), encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, "".join(rows))

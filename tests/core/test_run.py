@@ -101,7 +101,7 @@ def test_a_directory_with_a_run_is_not_overwritten(uninterrupted: tuple[Experime
     experiment, directory = uninterrupted
     with pytest.raises(RunError, match="holds a run already; continue it with --resume"):
         train(experiment, directory)
-    with pytest.raises(RunError, match="no checkpoint to resume from"):
+    with pytest.raises(RunError, match="holds no run to resume"):
         train(experiment, tmp_path / "nothing", resume=True)
     with pytest.raises(RunError, match="is no run directory"):
         load_run(tmp_path)
