@@ -1,4 +1,4 @@
-"""Which product should causal attention take on this CPU? The figures behind `BLOCKED` in kernels/causal_attention.py.
+"""Which product should causal attention take on this CPU? The figures behind kernels/causal_attention.py.
 
     python benchmarks/attention_cpu.py
 
