@@ -3,10 +3,10 @@
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j      over j <= i with segment_j = segment_i
 
 On a CPU a product in blocks that skips most of the upper triangle is 1.4 to 1.9 times as fast as
-`scaled_dot_product_attention` at any length that was measured, but it keeps its probabilities for backward: so it runs up
-to `BLOCKED` positions, and the library's kernel, which keeps none, beyond. The library's values are padded to the width of
-the keys: with other widths it falls back to a path two to three times slower, without a word. Documents are worked one by
-one instead of under a dense mask.
+`scaled_dot_product_attention` at every length that was measured, but it keeps its probabilities for backward: so it
+runs up to `BLOCKED` positions, and the library's kernel, which keeps none, beyond. The library's values are padded to
+the width of the keys: with other widths it falls back to a path two to three times slower, without a word. Documents
+are worked one by one instead of under a dense mask.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tangram.kernels.products import product_dtype
 
 BLOCKED = 1024
-"""Longest sequence that takes the product in blocks, which keeps 2 MiB a head of it: see benchmarks/attention_cpu.py."""
+"""Longest sequence that takes the product in blocks and keeps 2 MiB a head: see benchmarks/attention_cpu.py."""
 
 _BLOCK = 64
 """Queries of one block."""
