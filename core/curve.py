@@ -92,7 +92,8 @@ class Ramp:
         done = (self.until.position(now) - begin) / (self.until.at - begin)
         if self.shape == "cosine":
             done = (1.0 - math.cos(math.pi * done)) / 2.0
-        return self.start + (self.stop - self.start) * done
+        low, high = sorted((self.start, self.stop))
+        return min(max(low, self.start + (self.stop - self.start) * done), high)  # rounding may lead past an end
 
 
 Piece: TypeAlias = Constant | Ramp
@@ -202,8 +203,8 @@ def _malformed(raw: object) -> Iterator[Problem]:
         yield (), "a ramp needs an end: until or until_step"
     for key in ends:
         problem = _number_problem(raw[key], "a whole number")
-        if problem or not (float(raw[key]).is_integer() and raw[key] > 0):
-            yield (key,), problem or f"must be a whole number > 0, got {raw[key]!r}"
+        if problem or not (float(raw[key]).is_integer() and 0 < raw[key] < 2**63):  # as large as a preset can write
+            yield (key,), problem or f"must be a whole number > 0 and < 2**63, got {raw[key]!r}"
 
 
 def _misplaced(pieces: Sequence[Piece]) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from attrs import frozen
 from ruamel.yaml import YAML
@@ -34,6 +34,9 @@ from tangram.core.structuring import UnknownUseError, plain, structure
 
 _COLLECTIONS = ("objectives", "observers")
 """Maps from a name to a component, whose `use` is that name where it is not said."""
+
+_MAX_EXTENDS = 50
+"""Presets that one file may name, so that none takes longer to lay over each other than a person waits."""
 
 _WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")
 """What is safe to write without quotes."""
@@ -89,7 +92,7 @@ def resolve(name_or_path: str | Path, overrides: Sequence[str], plugins: Plugins
         PluginError: A plugin file does not load, or what is named may be in a plugin that did not.
     """
     file = _find(str(name_or_path), plugins, Path(), None)
-    tree = _compose(file, plugins, ())
+    tree = _name_uses(_compose(file, plugins, ()))
     problems: list[Problem] = []
     for text in overrides:
         try:
@@ -104,7 +107,7 @@ def resolve(name_or_path: str | Path, overrides: Sequence[str], plugins: Plugins
         experiment = structure(tree, Experiment, plugins.registry)
     except UnknownUseError as error:
         raise _or_broken(error, plugins) from None
-    leaves = _leaves(dump(experiment), ())
+    leaves = _leaves(plain(experiment), ())
     origins = {".".join(path): _origin(tree, path, value) for path, value in leaves}
     return Resolved(experiment, origins, file)
 
@@ -133,7 +136,10 @@ def _or_broken(error: ConfigError, plugins: Plugins) -> ConfigError | PluginErro
 
 
 def _compose(file: Path, plugins: Plugins, children: tuple[Path, ...]) -> Node:
-    """Read a file and lay it over what it extends; `children` are the files that led here."""
+    """Read a file and lay it over what it extends; `children` are the files that led here.
+
+    A file that extends nothing may be meant as a patch, so its entries get their `use` only where it is the base.
+    """
     tree = _absolute_plugins(load(file), file.parent)
     own = dict(cast(Mapping[str, Node], tree.value))
     extends = own.pop("extends", None)
@@ -146,14 +152,16 @@ def _compose(file: Path, plugins: Plugins, children: tuple[Path, ...]) -> Node:
             shown = " -> ".join(show_path(path) for path in (*trail, parent))
             raise ConfigError([Problem(origin, "extends", f"goes in a circle: {shown}")])
         grown = _compose(parent, plugins, trail)
-        base = grown if base is None else _lay(base, grown)
-    return _name_uses(tree) if base is None else _lay(base, tree)
+        base = _name_uses(grown) if base is None else _lay(base, grown)
+    return tree if base is None else _lay(base, tree)
 
 
 def _names(extends: Node | None) -> Iterator[tuple[str, Origin]]:
     """Yield what `extends` names: one preset or a list of them."""
     if extends is None or extends.value is None:
         return
+    if isinstance(extends.value, list) and len(extends.value) > _MAX_EXTENDS:
+        raise ConfigError([Problem(extends.origin, "extends", f"names more than {_MAX_EXTENDS} presets")])
     for node in extends.value if isinstance(extends.value, list) else [extends]:
         if not isinstance(node.value, str):
             raise ConfigError([Problem(node.origin, "extends", "expected the name of a preset, or a list of names")])
@@ -227,7 +235,17 @@ def _expand_blocks(tree: Node) -> Node:
 
 def dump(experiment: Experiment) -> dict[str, Plain]:
     """Return the experiment as a preset with every default spelled out."""
-    return cast(dict[str, Plain], plain(experiment))
+    tree = cast(dict[str, Any], plain(experiment))
+    model = tree["model"]
+    return tree | {"model": model | {"blocks": [_patch(model["block"], group) for group in model["blocks"]]}}
+
+
+def _patch(base: Plain, value: Plain) -> Plain:
+    """Return what makes `value` when laid over `base`: an entry of a map that `value` lacks is null."""
+    if not isinstance(base, dict) or not isinstance(value, dict) or base.get("use") != value.get("use"):
+        return value
+    removed: dict[str, Plain] = {key: None for key in base if key not in value}
+    return {key: _patch(base.get(key), item) for key, item in value.items()} | removed
 
 
 def to_yaml(experiment: Experiment) -> str:
@@ -259,8 +277,8 @@ def _readable(value: Plain) -> object:
 
 
 def digest(experiment: Experiment) -> str:
-    """Return 8 hexadecimal digits that name the experiment: of the SHA-256 of its dump as canonical JSON."""
-    canonical = _one_spelling(dump(experiment))
+    """Return 8 hexadecimal digits that name the experiment: of the SHA-256 of its values as canonical JSON."""
+    canonical = _one_spelling(plain(experiment))
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -275,8 +293,8 @@ def _one_spelling(value: Plain) -> Plain:
 
 
 def flatten(experiment: Experiment) -> dict[str, Scalar]:
-    """Return the leaves of `dump` by dotted path, elements of lists by index."""
-    return {".".join(path): value for path, value in _leaves(dump(experiment), ())}
+    """Return all values by dotted path, elements of lists by index."""
+    return {".".join(path): value for path, value in _leaves(plain(experiment), ())}
 
 
 def difference(a: Experiment, b: Experiment) -> dict[str, tuple[Scalar, Scalar]]:

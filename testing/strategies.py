@@ -1,9 +1,12 @@
-"""Hypothesis strategies: draw shapes, seeds and configs; tensors are filled from a seeded generator."""
+"""Hypothesis strategies: draw shapes, seeds, configs and presets; tensors are filled from a seeded generator."""
 
+import json
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping
-from typing import Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
 import torch
@@ -11,8 +14,14 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tangram.core.config import ConfigError
 from tangram.core.curve import Curve
+from tangram.core.experiment import Experiment
+from tangram.core.plugins import Plugins
+from tangram.core.presets import available, load_preset, resolve
 from tangram.core.records import IGNORE, Batch
+from tangram.core.registry import mark_of
+from tangram.core.structuring import plain
 
 _T = TypeVar("_T")
 
@@ -21,6 +30,8 @@ Size: TypeAlias = int | st.SearchStrategy[int]
 
 _SPAN = 16
 """How far an integer reaches from its bound where nothing bounds it on the other side: builds stay small."""
+
+_COLLECTIONS = ("objectives", "observers")
 
 _ROWS = st.integers(1, 3)
 _COLUMNS = st.integers(2, 12)
@@ -145,7 +156,7 @@ def configs(draw: st.DrawFn, config: type[_T], overrides: Mapping[str, st.Search
         TypeError: A required field has a type that is not known here, or an override names no field.
     """
     given = overrides or {}
-    fields = {field.name: field for field in attrs.fields(config) if field.init}  # type: ignore[arg-type]
+    fields = {field.name: field for field in _fields(config)}
     unknown = sorted(given.keys() - fields.keys())
     if unknown:
         raise TypeError(f"{config.__name__} has no field {', '.join(unknown)}")
@@ -165,6 +176,92 @@ def configs(draw: st.DrawFn, config: type[_T], overrides: Mapping[str, st.Search
         return config(**values)
     except ValueError:
         reject()
+
+
+def presets(most: int = 4) -> st.SearchStrategy[tuple[str, ...]]:
+    """Return the arguments of `load_preset`: a preset that ships with tangram or a plugin, and overrides of it.
+
+    An override sets one field within the bounds of its validators (as `configs` does; free texts and lists stay as
+    they are), puts another component into a slot, or removes an entry of `objectives` or `observers`. No override
+    reaches what another one writes, so their order says nothing. What `load_preset` refuses is not drawn.
+
+    Args:
+        most: Largest number of overrides.
+    """
+    return _presets(Plugins.discover(), most)
+
+
+@st.composite
+def _presets(draw: st.DrawFn, plugins: Plugins, most: int) -> tuple[str, ...]:
+    name = draw(st.sampled_from(sorted(available(plugins))))
+    written: dict[str, str] = {}
+    for path, values in draw(st.lists(st.sampled_from(_places(name)), max_size=most)):
+        # A group is a patch on the block, so what is written to both may meet.
+        reach = re.sub(r"^model\.blocks\.[0-9]+", "model.block", path) + "."
+        if not any(reach.startswith(other) or other.startswith(reach) for other in written):
+            written[reach] = f"{path}={json.dumps(plain(draw(values)))}"
+    try:
+        resolve(name, tuple(written.values()), plugins)
+    except ConfigError:
+        reject()
+    return name, *written.values()
+
+
+@cache
+def _shipped(name: str) -> Experiment:
+    return load_preset(name)
+
+
+@cache
+def _places(name: str) -> tuple[tuple[str, st.SearchStrategy[object]], ...]:
+    """Return where a shipped preset can be overridden, by dotted path, and with what."""
+    places: list[tuple[str, st.SearchStrategy[object]]] = []
+    for path, config in _configs_of(_shipped(name), ()):
+        mark, hints = mark_of(type(config)), get_type_hints(type(config))
+        if mark is not None:
+            others: st.SearchStrategy[object] = st.sampled_from(_components()[mark.slot])
+            removable = len(path) == 2 and path[0] in _COLLECTIONS
+            places.append((".".join(path), st.none() | others if removable else others))
+        for field in _fields(type(config)):
+            hint, bounds = hints[field.name], _Bounds.of(field.validator)
+            values = _of_type(hint, bounds, required=hint is Curve)
+            if values is not None and (hint is not str or bounds.options):
+                places.append((".".join((*path, field.alias)), values))
+    return tuple(places)
+
+
+@cache
+def _components() -> Mapping[str, list[object]]:
+    """Return what can fill each slot: the components of the shipped presets, and those that need no setting."""
+    plugins = Plugins.discover()
+    named = [config for name in available(plugins) for _, config in _configs_of(_shipped(name), ())]
+    classes = [entry.config for entry in plugins.registry]
+    free = [cls() for cls in classes if all(f.default is not attrs.NOTHING for f in _fields(cls))]
+    found: dict[str, list[object]] = {}
+    for config in (*named, *free):
+        mark = mark_of(type(config))
+        if mark is not None and config not in found.setdefault(mark.slot, []):
+            found[mark.slot].append(config)
+    return found
+
+
+def _fields(config: type) -> list[Any]:
+    """Return the fields of an attrs class that its preset may say."""
+    return [field for field in attrs.fields(config) if field.init]
+
+
+def _configs_of(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield every config inside `value`, with its path."""
+    parts: Mapping[str, object] = {}
+    if isinstance(value, Mapping):
+        parts = value
+    elif isinstance(value, tuple):
+        parts = {str(i): item for i, item in enumerate(value)}
+    elif attrs.has(type(value)) and not isinstance(value, Curve):
+        yield path, value
+        parts = {field.alias: getattr(value, field.name) for field in _fields(type(value))}
+    for key, part in parts.items():
+        yield from _configs_of(part, (*path, key))
 
 
 def _validators(validator: object) -> Iterator[object]:

@@ -3,12 +3,18 @@
 import itertools
 import math
 import sys
+import tempfile
+from pathlib import Path
 
+import attrs
 import pytest
+import toys
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tangram.core.curve import Constant, Curve, CurveError, End, Ramp
+from tangram.core.experiment import Experiment
+from tangram.core.presets import to_yaml
 from tangram.core.records import Progress
 from tangram.testing.strategies import curves
 
@@ -16,6 +22,14 @@ EPS = sys.float_info.epsilon
 moments = st.builds(Progress, step=st.integers(0, 20_000), tokens=st.integers(0, 20 * 10**12))
 values = st.floats(-1e6, 1e6)
 shapes = st.sampled_from(["linear", "cosine"])
+
+
+def toy() -> Experiment:
+    with tempfile.TemporaryDirectory() as folder:
+        return toys.resolved(Path(folder)).experiment
+
+
+TOY = toy()
 
 
 def at(unit: str, position: int) -> Progress:
@@ -92,6 +106,104 @@ def test_both_shapes_pass_the_middle_half_way_and_a_cosine_is_late_before_it(sta
     assert quarter == pytest.approx(expected, abs=1e-6)
 
 
+@st.composite
+def in_one_unit(draw: st.DrawFn, *, joined: bool = False) -> tuple[Curve, str]:
+    """A curve of several pieces that end in one unit, and the unit; if `joined`, each begins where the last ended."""
+    unit = draw(st.sampled_from(["tokens", "steps"]))
+    pieces: list[Constant | Ramp] = []
+    value, position = draw(values), 0
+    for _ in range(draw(st.integers(1, 4))):
+        position += draw(st.integers(1, 10**6))
+        start = value if joined else draw(values)
+        value = draw(values)
+        ramp = Ramp(start, value, draw(shapes), End(position, unit))
+        pieces.append(ramp if draw(st.booleans()) else Constant(start, End(position, unit)))
+        value = value if pieces[-1] is ramp else start
+    return Curve((*pieces, Constant(value if joined else draw(values)))), unit
+
+
+def begins_with(piece: Constant | Ramp) -> float:
+    return piece.start if isinstance(piece, Ramp) else piece.value
+
+
+@given(in_one_unit())
+def test_each_piece_begins_exactly_at_the_end_before_and_the_last_one_stays(drawn):
+    curve, unit = drawn
+    begins = [0, *(piece.until.at for piece in curve.pieces[:-1])]
+    assert [curve(at(unit, begin)) for begin in begins] == [begins_with(piece) for piece in curve.pieces]
+    for piece, begin in zip(curve.pieces, begins[1:], strict=False):
+        if isinstance(piece, Constant):
+            assert curve(at(unit, begin - 1)) == piece.value
+    assert {curve(at(unit, begins[-1] + ahead)) for ahead in (0, 1, 10**6, 2**62)} == {curve.pieces[-1].value}
+
+
+@given(in_one_unit(joined=True), st.data())
+def test_pieces_that_meet_have_no_jump(drawn, data):
+    curve, unit = drawn
+    begins = [0, *(piece.until.at for piece in curve.pieces[:-1])]
+    points = data.draw(st.lists(st.integers(0, begins[-1]), max_size=4))
+    for point in (*points, *(begin - 1 for begin in begins[1:])):
+        i = max(i for i, begin in enumerate(begins) if begin <= point)
+        piece, bound = curve.pieces[i], 0.0
+        if isinstance(piece, Ramp):  # half a cosine wave is at its steepest pi / 2 times as steep as the line
+            bound = math.pi / 2 * abs(piece.stop - piece.start) / (piece.until.at - begins[i])
+            bound += 8 * EPS * (abs(piece.start) + abs(piece.stop))
+        assert abs(curve(at(unit, point + 1)) - curve(at(unit, point))) <= bound
+
+
+@given(in_one_unit(), st.data())
+def test_a_value_lies_between_the_ends_of_its_piece_without_any_slack(drawn, data):
+    curve, unit = drawn
+    begins = [0, *(piece.until.at for piece in curve.pieces[:-1])]
+    i = data.draw(st.integers(0, len(begins) - 2))
+    points = data.draw(st.lists(st.integers(begins[i], begins[i + 1] - 1), min_size=1, max_size=4))
+    piece = curve.pieces[i]
+    low, high = sorted((begins_with(piece), piece.stop if isinstance(piece, Ramp) else piece.value))
+    for point in (*points, begins[i + 1] - 1):
+        assert low <= curve(at(unit, point)) <= high
+
+
+def test_a_cosine_does_not_round_past_its_end():
+    ends = [i / 7 for i in range(1, 60)]
+    for start, stop in itertools.product(ends, ends):
+        late = Ramp(start, stop, "cosine", End(10**9, "tokens")).at(0, Progress(tokens=10**9 - 1))
+        assert min(start, stop) <= late <= max(start, stop)
+
+
+def refused(raw: object) -> set[tuple[int | str, ...]]:
+    """Return where a curve is wrong; nothing if it is not."""
+    try:
+        Curve.parse(raw)
+    except CurveError as error:
+        return {path for path, _ in error.problems}
+    return set()
+
+
+whole = st.integers(1, 2**64) | st.integers(1, 10**18).map(float) | st.floats(1, 1e300).map(math.floor).map(float)
+
+
+@given(whole, st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+def test_what_a_preset_may_say_of_a_curve_it_also_shows(end, value, last):
+    raw = [{"until": end, "value": value}, {"until_step": end, "value": last}, {"value": value}]
+    assert refused(raw) == (set() if end < 2**63 else {(0, "until"), (1, "until_step")})
+    curve = Curve.parse(raw if end < 2**63 else last)
+    experiment = attrs.evolve(TOY, train=attrs.evolve(TOY.train, lr=curve))
+    with tempfile.TemporaryDirectory() as folder:
+        assert toys.resolved(Path(folder), text=to_yaml(experiment)).experiment.train.lr == curve
+
+
+@given(st.lists(st.tuples(st.sampled_from(["until", "until_step"]), st.integers(1, 6)), max_size=6))
+def test_ends_are_refused_exactly_where_they_do_not_increase_in_their_unit(ends):
+    raw = [*({unit: end, "value": 1.0} for unit, end in ends), {"value": 0.0}]
+    late = {
+        (i,)
+        for i, (unit, end) in enumerate(ends)
+        if end <= next((other for u, other in reversed(ends[:i]) if u == unit), 0)
+    }
+    assert refused(raw) == late
+    assert late or Curve.parse(raw).dump() == (raw if ends else 0.0)
+
+
 def test_the_learning_rate_of_deepseek_v3_is_the_papers():
     lr = Curve.parse(
         [
@@ -132,8 +244,8 @@ RAMP = {"until": 10, "from": 0, "to": 1, "shape": "linear"}
         ([{"value": 1, "untill": 2}], "unexpected here"),
         ([{"value": 1, "until": 5}], "the last piece must not end"),
         ([{"value": 1}, {"value": 2}], "only the last piece"),
-        ([{"value": 1, "until": 2.5}, {"value": 2}], "whole number > 0, got 2.5"),
-        ([{"value": 1, "until": 0}, {"value": 2}], "whole number > 0, got 0"),
+        ([{"value": 1, "until": 2.5}, {"value": 2}], "whole number > 0 and < 2**63, got 2.5"),
+        ([{"value": 1, "until": 0}, {"value": 2}], "whole number > 0 and < 2**63, got 0"),
         ([{"value": 1, "until": "9"}, {"value": 2}], "got '9'"),
         ([{"value": 1, "until": 5, "until_step": 5}, {"value": 2}], "ends twice"),
         ([{"value": 1, "until": 5}, {"value": 1, "until": 5}, {"value": 2}], "must be more than 5"),

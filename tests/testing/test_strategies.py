@@ -9,9 +9,10 @@ from attrs.validators import and_, ge, gt, in_, le, lt, optional
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
+from tangram.core import load_preset
 from tangram.core.curve import Curve, Ramp
 from tangram.core.records import IGNORE, Batch
-from tangram.testing import batches, configs, curves, hidden
+from tangram.testing import batches, configs, curves, hidden, presets
 
 SEARCH = settings(max_examples=2000, database=None, derandomize=True, phases=[Phase.generate])
 
@@ -227,3 +228,23 @@ def test_curves_keep_to_their_values(curve: Curve) -> None:
 )
 def test_curves_reach_every_kind_of_piece(reached) -> None:
     find(curves(), reached, settings=SEARCH)
+
+
+@settings(max_examples=10)
+@given(arguments=presets(most=2))
+def test_presets_are_what_load_preset_takes(arguments: tuple[str, ...]) -> None:
+    assert load_preset(*arguments).name == arguments[0]
+    assert len(arguments) <= 3
+
+
+@pytest.mark.parametrize(
+    "reached",
+    [
+        lambda p: len(p) == 1,
+        lambda p: len(p) == 5,
+        lambda p: any('{"use": ' in override for override in p),
+        lambda p: any(override.startswith("objectives.") and override.endswith("=null") for override in p),
+    ],
+)
+def test_presets_reach_every_kind_of_override(reached) -> None:
+    find(presets(), reached, settings=SEARCH)
