@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
+from tangram.core.cli_interchange import export, import_
 from tangram.core.process import settle
 from tangram.core.terminal import (
     BROKEN,
@@ -79,6 +80,7 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
                 ],
                 "presets": {name: str(path) for name, path in presets.items()},
                 "broken": [{"name": b.name, "origin": b.origin, "error": b.error} for b in plugins.broken],
+                "remarks": [{"name": r.name, "origin": r.origin, "text": r.text} for r in plugins.remarks],
             }
         )
     rows = [(e.mark.slot, e.mark.use, summary(e.config), paper(e.config), e.origin) for e in entries]
@@ -87,6 +89,8 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
         table(("preset", "file"), [(name, str(path)) for name, path in presets.items()])
     for broken in plugins.broken:
         say(f"broken: {broken}")
+    for remark in plugins.remarks:
+        say(f"remark: {remark}")
     return OK
 
 
@@ -290,8 +294,10 @@ def train(
     if found is not None:
         refused = "".join(f"\n  passed over {why}" for why in found.refused)
         say(f"resuming from {found.path}, the newest checkpoint that is whole{refused}")
+    elif resume:
+        say(f"{directory} has no checkpoint yet: starting from the first step")
     try:
-        outcome = _building(resolved, lambda: run(experiment, directory, resume=found or False, origins=origins))
+        outcome = _building(resolved, lambda: run(experiment, directory, resume=found or resume, origins=origins))
     except RunInterruptedError as error:
         print(error, file=sys.stderr)
         return STOPPED
@@ -372,6 +378,10 @@ def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
         return as_json(findings)
     table(("what", "found"), [(name, words(value)) for name, value in findings.items()])
     return OK
+
+
+app.command(export)
+app.command(import_, name="import")
 
 
 def _plugins(files: Sequence[Path]) -> "Plugins":

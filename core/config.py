@@ -30,8 +30,10 @@ Scalar: TypeAlias = str | int | float | bool | None
 Plain: TypeAlias = Scalar | list["Plain"] | dict[str, "Plain"]
 """A value without origins, as JSON has it."""
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 250_000
+MAX_VALUES = 10_000
 MAX_DEPTH = 50
+"""What a file may hold, so that none takes longer to read than a person waits: keys and values, and levels."""
 
 _NULL = re.compile(r"(?:|~|null|Null|NULL)")
 _BOOL = {word: word[0] in "tT" for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
@@ -161,8 +163,8 @@ def read(text: str, file: str, *, lines: bool = True) -> Node:
     """Read one YAML document; `file` names it in origins, and `lines` says whether it has lines to name.
 
     Raises:
-        ConfigError: It is not parseable, or holds tags, anchors, duplicate or non-string keys, more than
-            `MAX_DEPTH` levels or a number that is not finite.
+        ConfigError: It is not parseable, or holds tags, anchors, duplicate or non-string keys, a number
+            that is not finite, or more than `MAX_VALUES` values or `MAX_DEPTH` levels.
     """
     reader = _Reader(file, lines)
     try:
@@ -183,6 +185,7 @@ class _Reader:
     def __init__(self, file: str, lines: bool) -> None:
         self._file = file
         self._lines = lines
+        self._values = 0
         self._problems: list[Problem] = []
 
     def origin(self, line: int) -> Origin:
@@ -210,6 +213,9 @@ class _Reader:
         here = self.origin(at if line is None else line)
         if len(path) > MAX_DEPTH:
             raise self.error(at, "", f"is nested deeper than {MAX_DEPTH} levels")
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise self.error(at, "", f"holds more than {MAX_VALUES:,} keys and values")
         if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor is not None):
             self._refuse(at, path, "anchors and aliases are not read; write the value out, or extend a preset")
         elif (tag := getattr(event, "tag", None)) is not None:

@@ -396,6 +396,10 @@ class Tokenizer(Protocol):
         """Return the text of `ids`, special tokens left out."""
         ...
 
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json that the `tokenizers` library reads."""
+        ...
+
 
 class HeldOut(Protocol):
     """Text that is never trained on."""

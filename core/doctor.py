@@ -37,6 +37,7 @@ def examine(plugins: Plugins) -> dict[str, object]:
         "writable": os.access(Path.cwd(), os.W_OK),
         "components": len(list(plugins.registry)),
         "broken plugins": [str(broken) for broken in plugins.broken],
+        "remarks on plugins": [str(remark) for remark in plugins.remarks],
     }
 
 

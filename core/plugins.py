@@ -1,4 +1,8 @@
-"""Which plugins exist: found, imported one by one under a guard, and listed as broken where that fails."""
+"""Which plugins exist: found, imported one by one under a guard, and listed as broken where that fails.
+
+A package says which tangram it needs by what it requires to be installed, `tangram-lm>=0.2`. That is checked before its
+code is run, for a package may have been installed past its requirements.
+"""
 
 import hashlib
 import importlib
@@ -6,21 +10,32 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata, resources
 from pathlib import Path
 from types import ModuleType
 
+import attrs
 import pluggy
 from attrs import frozen
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tangram.core import hookspecs
 from tangram.core.config import ConfigError, Problem, show_path, suggest
-from tangram.core.registry import DuplicateComponentError, Registry
+from tangram.core.contracts import SLOTS
+from tangram.core.registry import DuplicateComponentError, Mark, Registry, marked
+from tangram.core.schema import fields
 
 IN_TREE = "tangram"
 """Origin of what this distribution ships."""
+
+SLOW = 1.0
+"""Seconds past which an import is remarked on: every command waits for it."""
+
+_US = "tangram-lm"
 
 
 @frozen
@@ -41,6 +56,24 @@ class Broken:
         return f"{self.name} ({self.origin}) failed to load: {self.error}"
 
 
+@frozen
+class Remark:
+    """A plugin that was taken, and something about it that its author should mend.
+
+    Attributes:
+        name: Module, entry point or file.
+        origin: Who ships it, as in `Broken`.
+        text: What it is.
+    """
+
+    name: str
+    origin: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.origin}) {self.text}"
+
+
 class PluginError(Exception):
     """A plugin that the user names is broken."""
 
@@ -53,6 +86,7 @@ class Plugins:
         manager: The process's pluggy manager. It knows plugin modules, and no observer of any run.
         presets: Preset files by name.
         broken: What could not be taken.
+        remarks: What was taken and is not as it should be.
     """
 
     def __init__(self) -> None:
@@ -60,6 +94,7 @@ class Plugins:
         self.manager = _new_manager()
         self.presets: dict[str, Path] = {}
         self.broken: list[Broken] = []
+        self.remarks: list[Remark] = []
 
     @classmethod
     def discover(cls, files: Sequence[str | Path] = ()) -> "Plugins":
@@ -73,8 +108,8 @@ class Plugins:
         folder = Path(str(resources.files("tangram.presets")))
         plugins.presets = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
         plugins.take_package("tangram.plugins", IN_TREE)
-        for point in metadata.entry_points(group="tangram"):
-            plugins.take_entry_point(point)
+        for distribution in _declaring():
+            plugins.take_distribution(distribution)
         for file in files:
             plugins.take_file(Path(file))
         return plugins
@@ -87,11 +122,15 @@ class Plugins:
             for found in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{name}."):
                 self.take_package(found.name, origin)
 
-    def take_entry_point(self, point: metadata.EntryPoint) -> None:
-        """Take the module, or the object and its module, that an installed package declares."""
-        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
-        with self._guard(point.name, origin):
-            self._take(point.load(), origin)
+    def take_distribution(self, distribution: metadata.Distribution) -> None:
+        """Take the modules, or the objects and their modules, that an installed package declares, each by itself."""
+        _, origin = _origin(distribution)
+        with self._guard("entry_points.txt", origin):
+            for point in distribution.entry_points.select(group="tangram"):
+                with self._guard(point.name, origin):
+                    _check_version(distribution)
+                    began = time.perf_counter()
+                    self._remark(point.name, origin, self._take(point.load(), origin), time.perf_counter() - began)
 
     def take_file(self, path: Path) -> None:
         """Take a single-file plugin; a second time does nothing.
@@ -103,7 +142,9 @@ class Plugins:
         if not path.is_file():
             raise ConfigError([Problem(None, "", f"there is no plugin file {show_path(path)}")])
         with self._guard(path.name, show_path(path)):
-            self._take(_import_file(path.resolve()), show_path(path))
+            began = time.perf_counter()
+            taken = self._take(_import_file(path.resolve()), show_path(path))
+            self._remark(path.name, show_path(path), taken, time.perf_counter() - began)
             return
         raise PluginError(str(self.broken.pop()))
 
@@ -114,6 +155,17 @@ class Plugins:
             names.setdefault((broken.origin, broken.error), []).append(broken.name)
         return "\n".join(str(Broken(", ".join(some), *key)) for key, some in names.items())
 
+    def _remark(self, name: str, origin: str, taken: Sequence[type], seconds: float) -> None:
+        """Note that an import was slow, and the fields of what was taken whose meaning nobody wrote down."""
+        if seconds > SLOW:
+            text = f"took {seconds:.1f} s to import, for which every command waits"
+            self.remarks.append(Remark(name, origin, f"{text}: import what is large where it is used"))
+        for config in taken:
+            silent = [field.name for field in fields(config) if not field.doc]
+            if silent:
+                text = f"does not document {', '.join(silent)} of {config.__name__}: add an `Attributes:` section"
+                self.remarks.append(Remark(name, origin, text))
+
     @contextmanager
     def _guard(self, name: str, origin: str) -> Iterator[None]:
         try:
@@ -123,20 +175,24 @@ class Plugins:
             text = str(error) if ours else f"{type(error).__name__}: {error}"
             self.broken.append(Broken(name, origin, text))
 
-    def _take(self, plugin: object, origin: str) -> None:
-        """Take all of a plugin, or nothing of it."""
+    def _take(self, plugin: object, origin: str) -> list[type]:
+        """Take all of a plugin, or nothing of it; return the config classes that are new."""
         if self.manager.is_registered(plugin):
-            return
+            return []
         module = plugin if isinstance(plugin, ModuleType) else inspect.getmodule(plugin)
         _register(self.manager, plugin, f"{origin}: {getattr(plugin, '__name__', plugin)}")
         try:
             presets = self._shipped_presets(plugin)
+            configs = list(marked(module)) if module is not None else []
+            for mark, config in configs:
+                _check_component(mark, config)
             if module is not None:
                 self.registry.collect(module, origin)
         except BaseException:
             self.manager.unregister(plugin)
             raise
         self.presets |= presets
+        return [config for _, config in configs]
 
     def _shipped_presets(self, plugin: object) -> dict[str, Path]:
         """Return the presets of one plugin, whose only hook may be the one that names them."""
@@ -151,6 +207,62 @@ class Plugins:
             if name in self.presets:
                 raise PluginError(f"its preset '{name}' is there already: {show_path(self.presets[name])}")
         return shipped
+
+
+def _declaring() -> Iterator[metadata.Distribution]:
+    """Yield the installed distributions that declare plugins; of two of one name the first, which is imported."""
+    seen: set[str] = set()
+    for distribution in metadata.distributions():
+        if _declares(distribution):
+            name = canonicalize_name(_origin(distribution)[0])
+            if name not in seen:
+                seen |= {name} - {""}
+                yield distribution
+
+
+def _declares(distribution: metadata.Distribution) -> bool:
+    try:
+        return "[tangram]" in (distribution.read_text("entry_points.txt") or "")
+    except UnicodeDecodeError:  # no one can say whose it is
+        return False
+
+
+def _origin(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Return the name, empty if the metadata do not say, and what messages call it: name and version, or the folder."""
+    try:
+        name, version = distribution.name, distribution.version
+    except Exception:  # of several types, by how the metadata are damaged
+        name = version = ""
+    return name or "", f"{name} {version}" if name else f"a package without a name in {distribution.locate_file('.')}"
+
+
+def _check_version(distribution: metadata.Distribution) -> None:
+    """Check that `distribution` can do with the tangram that is installed.
+
+    Raises:
+        PluginError: It cannot.
+    """
+    for wanted in map(Requirement, distribution.requires or ()):
+        if canonicalize_name(wanted.name) == _US and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+            here = metadata.version(_US)
+            if not wanted.specifier.contains(here, prereleases=True):
+                raise PluginError(f"it needs {_US} {wanted.specifier}, and {here} is installed")
+
+
+def _check_component(mark: Mark, config: type) -> None:
+    """Check what every component must be.
+
+    Raises:
+        PluginError: It is not.
+    """
+    what = f"{mark.slot} '{mark.use}'"
+    if mark.slot not in SLOTS:
+        raise PluginError(f"{what}: there is no slot '{mark.slot}'{suggest(mark.slot, SLOTS)}")
+    if not attrs.has(config):
+        raise PluginError(f"{what}: {config.__name__} is no attrs class: mark it @frozen(kw_only=True)")
+    if not callable(getattr(config, "build", None)):
+        raise PluginError(f"{what}: {config.__name__} has no method build")
+    attrs.resolve_types(config)  # a type that is not there
 
 
 def run_manager(observers: Mapping[str, object]) -> pluggy.PluginManager:

@@ -35,6 +35,14 @@ def mark_of(cls: type) -> Mark | None:
     return mark if isinstance(mark, Mark) else None
 
 
+def marked(module: ModuleType) -> Iterator[tuple[Mark, type]]:
+    """Yield every marked class that is defined in `module` itself."""
+    for cls in dict.fromkeys(value for value in vars(module).values() if inspect.isclass(value)):
+        mark = mark_of(cls)
+        if mark is not None and cls.__module__ == module.__name__:
+            yield mark, cls
+
+
 @frozen
 class Entry:
     """One line of the table: the mark, the config class, and where it came from."""
@@ -62,10 +70,7 @@ class Registry:
                 origins, and nothing is taken.
         """
         found: dict[tuple[str, str], Entry] = {}
-        for cls in dict.fromkeys(value for value in vars(module).values() if inspect.isclass(value)):
-            mark = mark_of(cls)
-            if mark is None or cls.__module__ != module.__name__:
-                continue
+        for mark, cls in marked(module):
             key = (mark.slot, mark.use)
             taken = self._entries.get(key) or found.get(key)
             if taken is not None and taken.config is not cls:

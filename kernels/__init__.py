@@ -11,6 +11,7 @@ from tangram.kernels.grouped_matmul import (
 )
 from tangram.kernels.permute import Order, order_by_expert, permute, unpermute
 from tangram.kernels.products import accumulator, native_bfloat16, product, product_dtype
+from tangram.kernels.quantize import dequantize, quantize_blocks
 from tangram.kernels.rmsnorm import rmsnorm
 from tangram.kernels.rope import Yarn, frequencies, rope, rotate, rotation
 from tangram.kernels.swiglu import swiglu
@@ -21,6 +22,7 @@ __all__ = [
     "Yarn",
     "accumulator",
     "causal_attention",
+    "dequantize",
     "frequencies",
     "grouped_matmul",
     "grouped_matmul_forward",
@@ -34,6 +36,7 @@ __all__ = [
     "permute",
     "product",
     "product_dtype",
+    "quantize_blocks",
     "rmsnorm",
     "rope",
     "rotate",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tangram.plugins.data.corpus import DataError, fingerprint
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 Ids: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
 
@@ -46,6 +46,7 @@ _WORDS = (
     r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
 _RECIPE = 1  # part of every cache key; raise it with any change of the above, of `train` or of the ids' layout
+_PROBE = " \t\n  a  é 漢字 🙂\r\n\x00 12345 \u200d"  # what tokenizers of other kinds do not keep
 _ENCODED_AT_ONCE = 64  # documents; the encodings of a whole corpus would take gigabytes
 
 
@@ -95,8 +96,13 @@ class ByteLevelBPE:
         sizes = np.zeros(self.vocab_size, np.int64)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
             sizes[i] = len(token)  # byte-level tokens are spelt with one character a byte
-        sizes[: len(SPECIAL_TOKENS)] = 0
+        for i, added in self.added().items():
+            sizes[i] = 0 if added.special else len(added.content.encode())
         return sizes
+
+    def added(self) -> "dict[int, AddedToken]":
+        """Return the tokens that were not made from text, by id."""
+        return self._tokenizer.get_added_tokens_decoder()
 
     def to_json(self) -> str:
         """Return the tokenizer's description, the content of a Hugging Face tokenizer.json."""
@@ -220,6 +226,34 @@ def load_tokenizer(path: Path, vocab_size: int) -> ByteLevelBPE | None:
     if found.get_vocab_size() != vocab_size or special != SPECIAL_TOKENS:
         return None
     return ByteLevelBPE(found)
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> ByteLevelBPE:
+    """Return a tokenizer that someone else made, with the ids of DeepSeek-V3's for the ends of a text and for padding.
+
+    Raises:
+        DataError: It cannot be read, has other ids there, ids from `vocab_size` on or gaps between them, or does not
+            spell bytes.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        read = Tokenizer.from_str(path.read_bytes().decode())
+    except Exception as error:  # the library raises bare Exception on a damaged description
+        raise DataError(f"{path}: the tokenizers library cannot read it ({error})") from None
+    found, largest = ByteLevelBPE(read), max(read.get_vocab(with_added_tokens=True).values(), default=-1)
+    added = {i: token.content for i, token in found.added().items() if token.special}
+    ends = [added.get(i) for i in (BOS, EOS, PAD)]
+    if ends != list(SPECIAL_TOKENS[:3]):
+        raise DataError(f"{path}: its tokens 0, 1 and 2 are {ends}, not {list(SPECIAL_TOKENS[:3])}, DeepSeek-V3's")
+    if largest >= vocab_size:
+        raise DataError(f"{path} has ids up to {largest}: set model.vocab_size to {largest + 1} or more")
+    if largest >= found.vocab_size:
+        raise DataError(f"{path}: its {found.vocab_size} tokens leave ids below {largest} out")
+    ids = found.encode(_PROBE)
+    if found.decode(ids) != _PROBE or int(found.token_bytes()[ids].sum()) != len(_PROBE.encode()):
+        raise DataError(f"{path}: it is no byte-level tokenizer, since text does not come back from it as it was")
+    return found
 
 
 def _load_ids(path: Path, documents: Sequence[str], tokenizer: ByteLevelBPE) -> Ids | None:

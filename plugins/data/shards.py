@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 from attrs import frozen
 
-from tangram.plugins.data.bpe import ByteLevelBPE, Ids, load_tokenizer
+from tangram.plugins.data.bpe import ByteLevelBPE, Ids, read_tokenizer
 from tangram.plugins.data.corpus import DataError
 from tangram.plugins.data.packing import Int64
 
@@ -132,12 +132,9 @@ def read(folder: Path) -> Folder:
     index = _index(folder)
     tokenizer = folder / "tokenizer.json"
     _check(tokenizer, str(index["tokenizer"]))
-    loaded = load_tokenizer(tokenizer, cast(int, index["vocab_size"]))
-    if loaded is None:
-        raise DataError(f"{tokenizer}: the tokenizers library cannot read it; {_REMEDY}")
     return Folder(
         source=str(index["source"]),
-        tokenizer=loaded,
+        tokenizer=read_tokenizer(tokenizer, cast(int, index["vocab_size"])),
         training=_mapped(folder, index["training"]),
         held_out=_mapped(folder, index["held_out"]),
     )

@@ -2,15 +2,16 @@
 
 import platform
 from hashlib import sha256
+from pathlib import Path
 
 import attrs
 from attrs import frozen
-from attrs.validators import ge, in_, min_len
+from attrs.validators import ge, in_, min_len, optional
 
 from tangram.core.experiment import TrainConfig
 from tangram.core.registry import component
 from tangram.plugins.data import corpus
-from tangram.plugins.data.bpe import Cache, encoded, trained
+from tangram.plugins.data.bpe import Cache, encoded, read_tokenizer, trained
 from tangram.plugins.data.corpus import DataError
 from tangram.plugins.data.shards import Folder, Shards
 from tangram.plugins.data.stream import Stream
@@ -19,12 +20,14 @@ from tangram.plugins.data.stream import Stream
 @component("data", use="text")
 @frozen(kw_only=True)
 class TextConfig:
-    """Train on text, with a byte-level BPE tokenizer made from it.
+    """Train on text, with a byte-level BPE tokenizer made from it or given.
 
     Attributes:
         corpus: `python` for the sources of the running Python's standard library, `files` for your own text.
         files: Globs of .txt, .jsonl and .parquet files, relative to the working directory; `**` is any depth.
         field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
+        tokenizer: A tokenizer.json to use instead, relative to the working directory: byte-level, with DeepSeek-V3's
+            ids for the ends of a text and for padding; null trains one.
         isolate: Whether documents that share a sequence are kept from seeing each other.
         held_out_every: About one document in so many, chosen by its content, is held out for evaluation.
     """
@@ -32,6 +35,7 @@ class TextConfig:
     corpus: str = attrs.field(default="python", validator=in_(("python", "files")))
     files: tuple[str, ...] = ()
     field: str = attrs.field(default="text", validator=min_len(1))
+    tokenizer: str | None = attrs.field(default=None, validator=optional(min_len(1)))
     isolate: bool = False
     held_out_every: int = attrs.field(default=20, validator=ge(2))
 
@@ -42,17 +46,21 @@ class TextConfig:
             raise ValueError("files are given, but corpus is python: say corpus: files")
 
     def build(self, train: TrainConfig, vocab_size: int) -> Stream:
-        """Read the corpus, train its tokenizer and encode it.
+        """Read the corpus, train its tokenizer or read the given one, and encode it.
 
         Raises:
-            DataError: There is no such text, or too little for the vocabulary or for one sequence.
+            DataError: There is no such text, or too little for the vocabulary or for one sequence; or the given
+                tokenizer is missing or unfit.
         """
         name, documents = self._documents()
         training, held_out = corpus.split(documents, self.held_out_every)
         if not training:
             raise DataError("no document is left to train on: give more text")
         cache = Cache()
-        tokenizer = trained(training, vocab_size, cache)
+        if self.tokenizer is None:
+            tokenizer = trained(training, vocab_size, cache)
+        else:
+            tokenizer = read_tokenizer(Path(self.tokenizer).expanduser(), vocab_size)
         decides = (corpus.fingerprint(documents), self.held_out_every, tokenizer.fingerprint)
         ids = Folder(
             source=f"{name}-{sha256(repr(decides).encode()).hexdigest()}",

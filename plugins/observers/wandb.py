@@ -1,6 +1,8 @@
 """Weights & Biases as one more view of a run: never its record, never in its way."""
 
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from netrc import NetrcParseError, netrc
@@ -28,6 +30,9 @@ _INIT_TIMEOUT = 20.0
 _FINISH_TIMEOUT = 60.0
 """Seconds that an end may wait for the upload."""
 
+_WAITING = 10_000
+"""Rows that may wait to be sent; a process that has so many unread will not read them."""
+
 _TOLERATED = 3
 """Errors after which nothing more is sent."""
 
@@ -54,12 +59,17 @@ class WandbConfig:
 
 
 class Wandb:
-    """Hands rows to wandb's own process. What goes wrong there is said once and never reaches the run."""
+    """Hands rows to wandb's own process. What goes wrong there is said once and never reaches the run.
+
+    A thread does the handing, for that process may stop reading without an error, and then every call blocks.
+    """
 
     def __init__(self, config: WandbConfig) -> None:
         self.config = config
         self._run: wandb.Run | None = None
         self._errors = 0
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING)
+        self._sender = threading.Thread(target=self._send, name="wandb", daemon=True)
 
     @HOOKIMPL
     def tangram_run_started(self, run: RunView) -> None:
@@ -73,6 +83,7 @@ class Wandb:
         except Exception as error:
             self._give_up(error)
             return
+        self._sender.start()
         if mode == "offline":
             _say(f"offline ({why}); later: wandb sync {Path(self._run.dir).parent}")
         else:
@@ -92,8 +103,14 @@ class Wandb:
     def tangram_run_ended(self, error: BaseException | None) -> None:
         """Say how the run ended; wait a while for the upload."""
         sink = self._run
-        if sink is not None:
-            self._guarded(lambda: sink.finish(exit_code=int(error is not None)))
+        if sink is None:
+            return
+        self._hand(lambda: sink.finish(exit_code=int(error is not None)))
+        self._hand(None)
+        self._sender.join(_FINISH_TIMEOUT)
+        if self._sender.is_alive() and self._run is not None:
+            self._give_up(TimeoutError("its process does not answer"))
+            _leave()
 
     def _begin(self, run: RunView, mode: Mode, why: str) -> "tuple[wandb.Run, Mode, str]":
         """Return the run that was begun and its mode: offline where the server does not answer."""
@@ -131,21 +148,39 @@ class Wandb:
     def _log(self, row: Mapping[str, float | int | str | bool]) -> None:
         sink = self._run
         if sink is not None:
-            self._guarded(lambda: sink.log(dict(row)))
+            self._hand(lambda: sink.log(dict(row)))
 
-    def _guarded(self, call: Callable[[], None]) -> None:
+    def _hand(self, call: Callable[[], None] | None) -> None:
         try:
-            call()
-        except Exception as error:
-            self._errors += 1
-            if self._errors >= _TOLERATED:
-                self._give_up(error)
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self._give_up(TimeoutError("its process does not answer"))
+            _leave()
+
+    def _send(self) -> None:
+        """Make the calls in order, until there is none or wandb is given up."""
+        while self._run is not None and (call := self._calls.get()) is not None:
+            try:
+                call()
+            except Exception as error:
+                self._errors += 1
+                if self._errors >= _TOLERATED:
+                    self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
         missing = isinstance(error, ImportError)
         why = "it is not installed: pip install 'tangram-lm[wandb]'" if missing else _first_line(error)
         _say(f"off for the rest of this run ({why}); metrics.jsonl is the record")
+
+
+def _leave() -> None:
+    """Let this process end without waiting for wandb's, which it otherwise does however long that takes."""
+    import wandb
+
+    leaving = threading.Thread(target=wandb.teardown, daemon=True)
+    leaving.start()
+    leaving.join(1.0)  # its first act is to cancel the waiting at exit
 
 
 def chosen_mode(config: WandbConfig) -> tuple[Mode, str]:

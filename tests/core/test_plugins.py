@@ -39,7 +39,10 @@ BROKEN = {
     "hook_raises": (HOOK + "raise OSError('no disk')", "OSError: no disk"),
     "hook_returns": (HOOK + "return 3", "returned 3, not a list of paths"),
     "preset_taken": (HOOK + "return ['v3-tiny.yaml']", "'v3-tiny' is there already"),
-    "component_taken": ("@component('guard', use='taken')\n@frozen\nclass Other: ...", "guard 'taken' comes"),
+    "component_taken": (
+        "@component('guard', use='taken')\n@frozen\nclass Other:\n    def build(self): ...",
+        "guard 'taken' comes",
+    ),
 }
 
 
