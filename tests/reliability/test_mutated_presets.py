@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from forks import answers
 
-from tangram.core.config import ConfigError, Problem
+from tangram.core.config import ConfigError, Problem, show_path
 from tangram.core.plugins import Plugins
 from tangram.core.presets import available, resolve
 
@@ -169,7 +169,7 @@ def placed(problem: Problem, files: set[str]) -> bool:
 @pytest.mark.parametrize("first", chunks(IN_CI, IN_ALL, CHUNK))
 def test_a_mutated_preset_resolves_or_is_told_what_is_wrong_and_where(first: int, tmp_path: Path) -> None:
     path = tmp_path / "mutant.yaml"
-    files = {str(path), *map(str, available(PLUGINS).values())}
+    files = {show_path(Path(file)) for file in (path, *available(PLUGINS).values())}
     faults = []
     for seed in range(first, first + CHUNK):
         path.write_bytes(mutant(seed))
