@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 OUT ?= runs/v3-tiny-$(shell date +%Y%m%d-%H%M%S)
 READY := $(VENV)/.tangram-ready
 
-.PHONY: train test lint
+.PHONY: train test soak lint
 
 train: $(READY)  ## Train a small DeepSeek-V3 on the Python standard library
 	$(BIN)/tangram train v3-tiny --out $(OUT)
 
 test: $(READY)  ## Run all tests
 	$(BIN)/python -m pytest -q -n auto
+
+soak: $(READY)  ## Run the long proofs: kills, damaged presets, minutes of properties
+	TANGRAM_PROFILE=soak $(BIN)/python -m pytest -q -n auto -m soak
 
 lint: $(READY) .mypy  ## Check style and types
 	$(BIN)/ruff check .

@@ -2,12 +2,15 @@
 
 from attrs import evolve
 
-from tangram.core.context import Parallel, built
+from tangram.core.context import BuildError, Parallel, built
 from tangram.core.executor import Executor
 from tangram.core.experiment import Experiment
 from tangram.core.model import build_model
 from tangram.core.records import Progress
 from tangram.core.step import Trainer
+
+MOST_STEPS = 1_000_000
+"""Steps beyond which a length is a slip of the keyboard; DeepSeek-V3 took a quarter of it."""
 
 
 def assemble(experiment: Experiment) -> Trainer:
@@ -57,6 +60,9 @@ def rehearse(experiment: Experiment) -> int:
     pipeline = built("parallel.pipeline", experiment.parallel.pipeline.build)
     now, sizes = Progress(), set[int]()
     while now.tokens < train.tokens:
+        if now.step == MOST_STEPS:
+            message = f"takes more than {MOST_STEPS:,} steps: raise train.batch_sequences or train.sequence_length"
+            raise BuildError("train.tokens", message)
         sequences = sequences_at(experiment, now)
         sizes.add(sequences // train.micro_sequences)
         now = Progress(now.step + 1, now.tokens + sequences * train.sequence_length, now.sequences + sequences)

@@ -9,6 +9,7 @@ from tiny import tiny
 
 from tangram.core import load_run
 from tangram.core.assembly import assemble, rehearse, sequences_at
+from tangram.core.context import BuildError
 from tangram.core.contracts import NonFiniteError
 from tangram.core.evaluation import evaluate
 from tangram.core.experiment import Experiment
@@ -191,3 +192,8 @@ def test_held_out_text_is_evaluated_whole_or_in_part(tmp_path: Path, monkeypatch
     assert part.n_bytes < whole.n_bytes == run.data.held_out.n_bytes
     nats = whole.losses["next_token"] * whole.n_targets
     assert whole.bits_per_byte == pytest.approx(nats / math.log(2) / whole.n_bytes)
+
+
+def test_a_length_of_more_steps_than_anyone_takes_is_refused_at_once() -> None:
+    with pytest.raises(BuildError, match="more than 1,000,000 steps"):
+        rehearse(tiny("train.tokens=1.0e+15"))
