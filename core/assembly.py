@@ -9,8 +9,8 @@ from tangram.core.model import build_model
 from tangram.core.records import Progress
 from tangram.core.step import Trainer
 
-MOST_STEPS = 1_000_000
-"""Steps beyond which a length is a slip of the keyboard; DeepSeek-V3 took a quarter of it."""
+MOST_STEPS, MOST_MICROBATCHES = 1_000_000, 100_000
+"""Beyond which a number is a slip of the keyboard; DeepSeek-V3 took a quarter of the steps."""
 
 
 def assemble(experiment: Experiment) -> Trainer:
@@ -64,6 +64,9 @@ def rehearse(experiment: Experiment) -> int:
             message = f"takes more than {MOST_STEPS:,} steps: raise train.batch_sequences or train.sequence_length"
             raise BuildError("train.tokens", message)
         sequences = sequences_at(experiment, now)
+        if sequences // train.micro_sequences > MOST_MICROBATCHES:
+            message = f"makes a step of more than {MOST_MICROBATCHES:,} micro-batches: raise train.micro_sequences"
+            raise BuildError("train.batch_sequences", message)
         sizes.add(sequences // train.micro_sequences)
         now = Progress(now.step + 1, now.tokens + sequences * train.sequence_length, now.sequences + sequences)
     for microbatches in {min(sizes), max(sizes)}:

@@ -14,6 +14,10 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+_TOO_LARGE = ("overflow", "allocate", "out of memory")
+"""How torch says that a tensor cannot be: it has no error of its own for that."""
+
+
 class BuildError(Exception):
     """A component cannot be built in these surroundings; the message begins with its dotted path."""
 
@@ -90,5 +94,9 @@ def built(name: str, build: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwarg
         return build(*args, **kwargs)
     except BuildError as error:
         raise BuildError(f"{name}.{error.path}", error.message) from None
-    except ValueError as error:
-        raise BuildError(name, str(error)) from error
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise BuildError(name, str(error) or "is too large for this machine") from error
+    except RuntimeError as error:
+        if not any(word in str(error) for word in _TOO_LARGE):
+            raise
+        raise BuildError(name, "is too large: " + str(error).partition("\n")[0]) from error

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_, min_len
+from attrs.validators import and_, ge, gt, in_, le, min_len
 
 from tangram.core.contracts import (
     AttentionConfig,
@@ -43,7 +43,7 @@ class BlockGroup:
         feedforward: The feed-forward.
     """
 
-    repeat: int = field(validator=gt(0))
+    repeat: int = field(validator=and_(gt(0), le(1000)))
     attention: AttentionConfig
     feedforward: FeedForwardConfig
 
