@@ -34,6 +34,7 @@ def experiment(size: str, compute: str, batch: int) -> Experiment:
         f"precision.compute={compute}",
         "objectives={mtp: null, sequence_balance: null}",
         "data={use: synthetic}",
+        "optimizer={use: adamw}",
         "observers={console: null, jsonl: null}",
         f"train.micro_sequences={batch}",
         f"train.batch_sequences={batch}",

@@ -18,6 +18,7 @@ SMALL = (
     "model.blocks.1={repeat: 2}",
     "objectives.sequence_balance.weight=0.05",
     "data={use: synthetic}",
+    "optimizer={use: adamw}",
     "observers={console: null}",
     "train={sequence_length: 12, micro_sequences: 1, batch_sequences: 4, tokens: 4800, evaluate_every: 0}",
     "train.lr=0.01",
