@@ -73,8 +73,8 @@ class Liveness:
             if len(early) < WINDOW:
                 early.append(value)
             self.last[name] = [*self.last.get(name, ()), value][-WINDOW:]
-        for layer in self.start:
-            worst = float(violation(report.result.load[int(layer)]))
+        for layer, biases in self.start.items():
+            worst = float(violation(report.result.load[int(layer), : len(biases)]))
             self.violated[layer] = max(self.violated.get(layer, 0.0), worst)
         for layer, sums in self.load.items():
             counts: list[int] = report.result.load[int(layer), : len(sums)].tolist()

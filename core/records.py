@@ -6,10 +6,11 @@ Letters: B sequences, S positions, D model, E experts, K experts per token, N to
 import math
 from collections.abc import Callable, Mapping
 from enum import Enum
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 IGNORE = -100
@@ -270,8 +271,8 @@ class StepReport:
         result: What the executor brought back.
         norm: The gradient norm before clipping.
         verdict: The guard's word.
-        routed: Layers (rows of `result.load`) that have a router.
-        bias: Largest absolute expert bias after the step, over all layers.
+        routed: Experts of each layer (row of `result.load`) that has a router.
+        biases: Largest absolute expert bias after the step, of each layer whose balancer moves them.
         seconds: Wall seconds of the run up to the end of the step, what came before a resume included.
         tokens_per_second: Tokens of this step over its wall seconds.
     """
@@ -282,8 +283,8 @@ class StepReport:
     result: Result
     norm: GradientNorm
     verdict: Verdict
-    routed: tuple[int, ...] = ()
-    bias: float = 0.0
+    routed: Mapping[int, int] = field(factory=dict)
+    biases: Mapping[int, float] = field(factory=dict)
     seconds: float = 0.0
     tokens_per_second: float = 0.0
 
@@ -295,11 +296,14 @@ class StepReport:
         return cls(now, now.after(batch), lr, result, norm, verdict)
 
     @property
+    def violations(self) -> dict[int, float]:
+        """Load violation of each layer with a router."""
+        return {layer: float(violation(self.result.load[layer, :n])) for layer, n in self.routed.items()}
+
+    @property
     def violation(self) -> float:
-        """Mean over routed layers of (max - mean) / mean of the load; nan without a router."""
-        if not self.routed:
-            return math.nan
-        return float(violation(self.result.load[list(self.routed)]).mean())
+        """Mean of `violations`; nan without a router."""
+        return fmean(self.violations.values()) if self.routed else math.nan
 
     @property
     def culprit(self) -> str:
@@ -324,12 +328,19 @@ class StepReport:
             "verdict": self.verdict.value,
         }
         if self.routed:
-            row |= {"violation": self.violation, "bias": self.bias}
+            row |= {"violation": self.violation} | _by_layer("violation", self.violations)
+        if self.biases:
+            row |= {"bias": max(self.biases.values())} | _by_layer("bias", self.biases)
         if self.verdict is not Verdict.ACCEPT:
             row["culprit"] = self.culprit
         if self.verdict is Verdict.ROLLBACK:
             row["skipped"] = self.now.sequences
         return row
+
+
+def _by_layer(name: str, values: Mapping[int, float]) -> dict[str, float]:
+    """Return a column for each layer, in six digits: with sixty layers they are most of the row."""
+    return {f"{name}.{layer}": float(f"{value:.6g}") for layer, value in values.items()}
 
 
 @frozen(eq=False)

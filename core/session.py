@@ -186,12 +186,11 @@ class Session:
     def _timed(self, report: StepReport, began: float) -> StepReport:
         took = time.perf_counter() - began
         self.seconds += took
-        biases = self.run.model.biases().values()
-        routed = [layer for layer, part in enumerate(self.run.model.feedforwards()) if part.n_experts]
+        parts = enumerate(self.run.model.feedforwards())
         return evolve(
             report,
-            routed=tuple(routed),
-            bias=max((float(bias.abs().max()) for bias in biases), default=0.0),
+            routed={layer: part.n_experts for layer, part in parts if part.n_experts},
+            biases={layer: float(bias.abs().max()) for layer, bias in self.run.model.biases().items()},
             seconds=self.seconds,
             tokens_per_second=(report.after.tokens - report.now.tokens) / took,
         )

@@ -63,7 +63,7 @@ def test_the_culprit_is_named(losses: dict[str, float], norm: GradientNorm, expe
 def test_rows_of_metrics_are_flat_and_steps_count_from_one() -> None:
     result = Result({"next_token": 2.0}, 2.5, torch.tensor([[0, 0], [3, 1]]), 1)
     now, after = Progress(0, 0, 0), Progress(1, 48, 4)
-    row = StepReport(now, after, 1e-3, result, GradientNorm(1.0), Verdict.SKIP, routed=(1,)).metrics()
+    row = StepReport(now, after, 1e-3, result, GradientNorm(1.0), Verdict.SKIP, routed={1: 2}).metrics()
     assert row["step"] == 1
     assert row["violation"] == 0.5
     assert row["verdict"] == "skip"
@@ -72,3 +72,23 @@ def test_rows_of_metrics_are_flat_and_steps_count_from_one() -> None:
     report = EvalReport(after, {"next_token": 2.0}, None, 10, 0, True).metrics()
     assert "eval.bits_per_byte" not in report
     assert report["eval.loss.next_token"] == 2.0
+
+
+def test_each_layer_is_told_beside_the_headline_and_by_its_own_experts_alone() -> None:
+    load = torch.tensor([[0, 0, 0, 0], [3, 1, 0, 0], [2, 2, 8, 4]])  # padded to the largest number of experts
+    result = Result({}, 0.0, load, 1)
+    routed, biases = {1: 2, 2: 4}, {1: 0.25, 2: 1 / 3}
+    now, after = Progress(), Progress(1, 48, 4)
+    report = StepReport(now, after, 1e-3, result, GradientNorm(1.0), Verdict.ACCEPT, routed, biases)
+    assert report.violations == {1: 0.5, 2: 1.0}
+    row = report.metrics()
+    assert {name: value for name, value in row.items() if name.startswith(("violation", "bias"))} == {
+        "violation": 0.75,
+        "violation.1": 0.5,
+        "violation.2": 1.0,
+        "bias": 1 / 3,
+        "bias.1": 0.25,
+        "bias.2": 0.333333,
+    }
+    plain = StepReport(now, after, 1e-3, result, GradientNorm(1.0), Verdict.ACCEPT).metrics()
+    assert not [name for name in plain if name.startswith(("violation", "bias"))]

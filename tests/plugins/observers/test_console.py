@@ -24,7 +24,7 @@ def experiment() -> Experiment:
 def report(step: int, loss: float = 2.0, verdict: Verdict = Verdict.ACCEPT) -> StepReport:
     outcome = Result({"next_token": loss}, loss, torch.tensor([[3, 1]]), 1)
     before, after = Progress(step - 1), Progress(step, 48 * step)
-    return StepReport(before, after, 1e-3, outcome, GradientNorm(loss), verdict, (0,), tokens_per_second=123456.7)
+    return StepReport(before, after, 1e-3, outcome, GradientNorm(loss), verdict, {0: 2}, tokens_per_second=123456.7)
 
 
 def shown(experiment: Experiment, directory: Path, reports: list[StepReport | EvalReport], every: float = 1e-9) -> None:
@@ -85,7 +85,7 @@ def test_between_two_lines_pass_the_seconds_asked_for(experiment, capsys):
 
 
 def test_an_evaluation_without_bytes_and_a_step_without_a_router_say_less(experiment, capsys):
-    shown(experiment, Path("runs/x"), [evaluated(None), evolve(report(1), routed=())])
+    shown(experiment, Path("runs/x"), [evaluated(None), evolve(report(1), routed={})])
     assert capsys.readouterr().out.splitlines()[1:] == ["step 1  loss 2.000  next 2.000  123,457 tok/s"]
 
 

@@ -29,7 +29,7 @@ def view(experiment: Experiment, directory: Path, step: int = 0) -> RunView:
 def step_report(step: int, loss: float = 2.0, verdict: Verdict = Verdict.ACCEPT) -> StepReport:
     before, after = (Progress(n, 48 * n, 4 * n) for n in (step - 1, step))
     outcome = Result({"next_token": loss, "mtp": 3.0}, loss + 0.9, torch.tensor([[0, 0], [3, 1]]), 1)
-    return StepReport(before, after, 1e-3, outcome, GradientNorm(0.5), verdict, routed=(1,), bias=0.25)
+    return StepReport(before, after, 1e-3, outcome, GradientNorm(0.5), verdict, routed={1: 2}, biases={1: 0.25})
 
 
 def evaluation(step: int) -> EvalReport:
