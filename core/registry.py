@@ -1,7 +1,7 @@
 """Which config class fills which slot: an inert mark on the class, and the table that collects them."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import TypeVar
 
@@ -13,17 +13,31 @@ _MARK = "__tangram_component__"
 
 @frozen
 class Mark:
-    """What `@component` writes on a config class: the slot it fills and the name a preset uses for it."""
+    """What `@component` writes on a config class.
+
+    Attributes:
+        slot: The slot it fills.
+        use: The name that a preset uses for it.
+        capabilities: What it says that it can do beyond what every component of the slot must.
+    """
 
     slot: str
     use: str
+    capabilities: frozenset[str] = frozenset()
 
 
-def component(slot: str, *, use: str) -> Callable[[_T], _T]:
-    """Mark a config class as filling `slot` under the name `use`. Nothing is registered by this."""
+def component(slot: str, *, use: str, capabilities: Iterable[str] = ()) -> Callable[[_T], _T]:
+    """Mark a config class as filling `slot` under the name `use`. Nothing is registered by this.
+
+    Args:
+        slot: The slot.
+        use: The name.
+        capabilities: What it can do that its slot leaves open, such as `cache` of an attention. The conformance kit
+            holds it to what it declares, and knows which names a slot has.
+    """
 
     def mark(cls: _T) -> _T:
-        setattr(cls, _MARK, Mark(slot, use))
+        setattr(cls, _MARK, Mark(slot, use, frozenset(capabilities)))
         return cls
 
     return mark
