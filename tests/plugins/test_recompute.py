@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attrs import evolve
-from builders import SMALL_BLOCK, SMALL_MLA, context, documents, filled, normal
+from builders import SMALL_BLOCK, SMALL_MLA
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +17,7 @@ from tangram.core.experiment import BlockConfig
 from tangram.core.records import Carry
 from tangram.plugins.attention.gqa import GQAConfig
 from tangram.plugins.moe.swiglu import SwiGLUConfig
+from tangram.testing.samples import context, documents, filled, normal
 
 DIM = 6
 BLOCKS = {

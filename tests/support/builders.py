@@ -5,19 +5,14 @@ gradients under the same names.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import paper
 import torch
 from torch import Tensor, nn
 
-from tangram.core.autograd import Recompute
 from tangram.core.block import Block
-from tangram.core.context import Context
-from tangram.core.contracts import FeedForward, Shared
+from tangram.core.contracts import FeedForward
 from tangram.core.experiment import BlockConfig
-from tangram.core.layers import FullPrecision, OutputHead, TokenEmbedding, norm
-from tangram.core.records import IGNORE, Batch
 from tangram.plugins.attention.gqa import GQA
 from tangram.plugins.attention.mla import MLA, MLAConfig
 from tangram.plugins.moe.balancers import AuxFreeConfig
@@ -25,6 +20,7 @@ from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.moe.local import LocalConfig
 from tangram.plugins.moe.moe import MoE, MoEConfig
 from tangram.testing import tolerance
+from tangram.testing.samples import normal
 
 EXACT_THETA = 4096.0
 """A rotary base whose frequencies for widths 2, 4, 6 and 8 are powers of two: exact in float32 tables."""
@@ -42,59 +38,6 @@ SMALL_MOE = MoEConfig(
     dispatcher=LocalConfig(),
 )
 SMALL_BLOCK = BlockConfig(attention=SMALL_MLA, feedforward=SMALL_MOE)
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def context(dim: int, *, compute: torch.dtype = torch.float64, recompute: str = "none", eps: float = 1e-6) -> Context:
-    precision = FullPrecision(compute)
-    return Context(dim=dim, init_std=0.3, norm_eps=eps, precision=precision, recompute=Recompute(recompute))
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def filled(module: M, seed: int, std: float = 0.3) -> M:
-    """Fill every parameter; norms lie around 1, so that a forgotten one is seen."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + noise if name.endswith("norm.weight") or name == "weight" else noise)
-    return module
-
-
-def documents(segments: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return positions, which start anew with each document, and segments, both [B, S]."""
-    numbers = torch.tensor(segments)
-    columns = torch.arange(numbers.shape[1]).expand_as(numbers)
-    first = torch.ones_like(numbers, dtype=torch.bool)
-    first[:, 1:] = numbers.diff(dim=1) != 0
-    return columns - torch.where(first, columns, 0).cummax(1).values, numbers
-
-
-def packed(segments: Sequence[Sequence[int]], vocab_size: int, seed: int) -> Batch:
-    """Return isolated documents that predict nothing across a boundary."""
-    positions, numbers = documents(segments)
-    generator = torch.Generator().manual_seed(seed)
-    window = torch.randint(vocab_size, (len(numbers), numbers.shape[1] + 1), generator=generator)
-    targets = window[:, 1:].clone()
-    targets[:, :-1][numbers.diff(dim=1) != 0] = IGNORE
-    return Batch(window[:, :-1], targets, positions, numbers, int((targets != IGNORE).sum()), len(numbers))
-
-
-class Trunk:
-    """What token objectives borrow, filled; and by which names its weights go."""
-
-    def __init__(self, ctx: Context, vocab_size: int, seed: int) -> None:
-        self.embedding = filled(TokenEmbedding(ctx, vocab_size), seed)
-        self.norm = filled(norm(ctx, ctx.dim), seed + 1)
-        self.head = filled(OutputHead(ctx, vocab_size), seed + 2)
-        self.shared = Shared(self.embedding, self.norm, self.head)
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {"embedding": self.embedding.weight, "norm": self.norm.weight, "head": self.head.weight}
 
 
 def assert_same_function(

@@ -3,12 +3,13 @@
 import paper
 import pytest
 import torch
-from builders import EXACT_THETA, assert_same_function, context, documents, filled, gqa_weights, normal
+from builders import EXACT_THETA, assert_same_function, gqa_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tangram.plugins.attention.gqa import GQA, GQAConfig
 from tangram.testing import assert_close, seeds
+from tangram.testing.samples import context, documents, filled, normal
 
 DIM = 6
 LENGTH = 120

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attrs import evolve
-from builders import SMALL_MLA, context, documents, filled, normal
+from builders import SMALL_MLA
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from tangram.core.contracts import Attention, AttentionConfig
 from tangram.plugins.attention.gqa import GQAConfig
 from tangram.testing import assert_close, seeds
+from tangram.testing.samples import context, documents, filled, normal
 
 DIM = 6
 LENGTH = 120

@@ -4,23 +4,14 @@ import paper
 import pytest
 import torch
 from attrs import evolve
-from builders import (
-    EXACT_THETA,
-    SMALL_MLA,
-    assert_same_function,
-    context,
-    documents,
-    filled,
-    mla_shape,
-    mla_weights,
-    normal,
-)
+from builders import EXACT_THETA, SMALL_MLA, assert_same_function, mla_shape, mla_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tangram.plugins.attention.mla import MLA, MLAConfig, YarnConfig
 from tangram.testing import seeds
+from tangram.testing.samples import context, documents, filled, normal
 
 DIM = 6
 LENGTH = 200

@@ -3,7 +3,6 @@
 import paper
 import pytest
 import torch
-from builders import context, filled, normal
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +13,7 @@ from tangram.core.records import Progress, violation
 from tangram.plugins.moe.balancers import AuxFreeConfig, NoneConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.testing import seeds
+from tangram.testing.samples import context, filled, normal
 
 LOADS = st.integers(1, 8).flatmap(
     lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), min_size=1, max_size=6)

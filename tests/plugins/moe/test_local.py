@@ -1,12 +1,12 @@
 """The dispatcher of one process: no token lost, none doubled, none confused."""
 
 import torch
-from builders import context, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tangram.plugins.moe.local import LocalConfig
 from tangram.testing import assert_close, seeds
+from tangram.testing.samples import context, normal
 
 
 @st.composite

@@ -4,7 +4,7 @@ import paper
 import pytest
 import torch
 from attrs import evolve
-from builders import SMALL_MOE, assert_same_function, context, filled, moe_weights, normal, route
+from builders import SMALL_MOE, assert_same_function, moe_weights, route
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +16,7 @@ from tangram.plugins.moe.moe import MoE, MoEConfig
 from tangram.plugins.moe.swiglu import SwiGLUConfig
 from tangram.plugins.moe.top_k import TopKConfig
 from tangram.testing import assert_close, seeds
+from tangram.testing.samples import context, filled, normal
 
 DIM = 5
 LENGTH = 120

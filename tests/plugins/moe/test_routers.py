@@ -5,7 +5,7 @@ from typing import cast
 import pytest
 import torch
 from attrs import evolve
-from builders import assert_same_function, context, filled, normal, route
+from builders import assert_same_function, route
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +15,7 @@ from tangram.core.records import Routing
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.moe.top_k import TopKConfig
 from tangram.testing import assert_close, seeds
+from tangram.testing.samples import context, filled, normal
 
 DIM = 5
 LENGTH = 60

@@ -3,12 +3,13 @@
 import paper
 import pytest
 import torch
-from builders import assert_same_function, context, filled, normal
+from builders import assert_same_function
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tangram.plugins.moe.swiglu import SwiGLU, SwiGLUConfig
 from tangram.testing import assert_close, seeds
+from tangram.testing.samples import context, filled, normal
 
 DIM = 5
 LENGTH = 60

@@ -4,7 +4,7 @@ import paper
 import pytest
 import torch
 from attrs import evolve
-from builders import SMALL_BLOCK, assert_same_function, context, filled, normal, route
+from builders import SMALL_BLOCK, assert_same_function, route
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +14,7 @@ from tangram.core.records import Batch, Progress, RouterStats
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.objectives.balance import BatchBalanceConfig, SequenceBalanceConfig
 from tangram.testing import curves, seeds
+from tangram.testing.samples import context, filled, normal
 
 DIM = 5
 LENGTH = 60

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attrs import evolve
-from builders import CONDITION, SMALL_BLOCK, Trunk, context, filled, normal
+from builders import CONDITION, SMALL_BLOCK
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +16,7 @@ from tangram.core.records import IGNORE, Batch
 from tangram.plugins.objectives.mtp import MTPConfig
 from tangram.plugins.objectives.next_token import NextTokenConfig
 from tangram.testing import batches, seeds, tolerance
+from tangram.testing.samples import Trunk, context, filled, normal
 
 DIM, VOCABULARY = 6, 11
 LENGTH = 400

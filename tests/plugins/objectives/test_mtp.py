@@ -6,17 +6,7 @@ import paper
 import pytest
 import torch
 from attrs import evolve
-from builders import (
-    SMALL_BLOCK,
-    Trunk,
-    assert_same_function,
-    context,
-    filled,
-    normal,
-    packed,
-    paper_block,
-    paper_depth,
-)
+from builders import SMALL_BLOCK, assert_same_function, paper_block, paper_depth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,6 +18,7 @@ from tangram.core.records import IGNORE, Batch, Carry, Progress
 from tangram.plugins.moe.swiglu import SwiGLUConfig
 from tangram.plugins.objectives.mtp import MTP, MTPConfig, further_targets
 from tangram.testing import batches, seeds
+from tangram.testing.samples import Trunk, context, filled, normal, packed
 
 DIM, VOCABULARY = 6, 11
 LENGTH = 600

@@ -2,7 +2,7 @@
 
 import paper
 import torch
-from builders import SMALL_BLOCK, Trunk, assert_same_function, context, normal
+from builders import SMALL_BLOCK, assert_same_function
 from hypothesis import given
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from tangram.core.contracts import TokenObjective
 from tangram.core.records import Batch, Carry, Progress
 from tangram.plugins.objectives.next_token import NextTokenConfig
 from tangram.testing import batches, curves
+from tangram.testing.samples import Trunk, context, normal
 
 DIM, VOCABULARY = 5, 11
 LENGTH = 80

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from builders import normal
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
@@ -15,6 +14,7 @@ from tangram.core.model import Model, build_model
 from tangram.core.records import GradientNorm
 from tangram.plugins.parallel.replicate import ReplicateConfig
 from tangram.testing import seeds
+from tangram.testing.samples import normal
 
 
 @pytest.fixture(scope="module")

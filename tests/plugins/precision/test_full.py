@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from builders import SMALL_BLOCK, documents, normal
+from builders import SMALL_BLOCK
 
 from tangram.core.block import Block
 from tangram.core.context import Context
 from tangram.plugins.precision.full import FullConfig
 from tangram.testing import assert_close
+from tangram.testing.samples import documents, normal
 
 DTYPES = {
     "float32": (torch.float32, torch.float32),

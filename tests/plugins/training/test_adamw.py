@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from builders import normal
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from tangram.core.step import set_lr
 from tangram.plugins.training.adamw import AdamWConfig
 from tangram.testing import seeds
+from tangram.testing.samples import normal
 
 RATES = (0.01, 0.003, 0.0005)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import normal
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
@@ -17,6 +16,7 @@ from tangram.core.step import set_lr, train_step
 from tangram.plugins.training.adamw import AdamWConfig
 from tangram.plugins.training.muon import MuonConfig, orthogonalised
 from tangram.testing import seeds, tolerance
+from tangram.testing.samples import normal
 
 SHAPES = {
     "embedding.weight": (9, 4),
