@@ -3,13 +3,17 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
 from tangram.core.cli_interchange import export, import_
+from tangram.core.cli_runs import evaluate, report
+from tangram.core.cli_studies import ablate
+from tangram.core.parameters import Files, Json, Overrides
 from tangram.core.process import settle
 from tangram.core.terminal import (
     BROKEN,
@@ -20,7 +24,6 @@ from tangram.core.terminal import (
     USAGE,
     as_json,
     fail,
-    print_bits,
     print_outcome,
     refuse,
     say,
@@ -41,12 +44,6 @@ app = App(
 app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
 
 _T = TypeVar("_T")
-
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
-Overrides = Annotated[str, Parameter(help="Changes to the preset: dotted.path=value.")]
-Files = Annotated[
-    tuple[Path, ...], Parameter(name="--plugin", negative="", help="A plugin file to load; may be repeated.")
-]
 
 
 @app.command(name="list")
@@ -289,7 +286,7 @@ def train(
 
     resolved = _resolve(preset, overrides, plugin)
     experiment, origins = resolved.experiment, resolved.origins
-    directory = directory_of(experiment, out)
+    directory, files = directory_of(experiment, out), (*plugin, *map(Path, experiment.plugins))
     found = resumable(directory) if resume else None
     if found is not None:
         refused = "".join(f"\n  passed over {why}" for why in found.refused)
@@ -302,70 +299,25 @@ def train(
         print(error, file=sys.stderr)
         return STOPPED
     except NonFiniteError as error:
-        _draw(directory)
+        _draw(directory, files)
         return fail(f"stopped before the update of {error}")
     except OSError as error:
         return fail(f"the run could not go on: {error}; --resume goes on from its last checkpoint")
-    _draw(outcome.directory)
+    _draw(directory, files)
     print_outcome(outcome)
     if outcome.dead:
         return fail("\n".join(f"{piece.name} had no effect: {piece.why}" for piece in outcome.dead))
     return OK
 
 
-def _draw(directory: Path) -> None:
+def _draw(directory: Path, files: Sequence[Path]) -> None:
     """Write the report of a run that is over. What goes wrong here is no fault of the run."""
     from tangram.core.pages import write_report
 
     try:
-        write_report(directory)
+        write_report(directory, files)
     except Exception as error:
         print(f"warning: no report was drawn ({error}); `tangram report {directory}` tries again", file=sys.stderr)
-
-
-@app.command
-def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False) -> int:
-    """Evaluate a run's newest checkpoint on all held-out text; the run is left as it is.
-
-    Args:
-        run: The run directory.
-        ema: Take the averaged weights that the observer ema kept.
-    """
-    from tangram.core.evaluation import evaluate as evaluated
-    from tangram.core.run import load_run
-
-    trainer = load_run(run, averaged=ema)
-    report, held_out = evaluated(trainer), trainer.data.held_out
-    if report is None or held_out is None:
-        return refuse(f"{run} was trained on data without held-out text")
-    weights = "averaged" if ema else "last"
-    if json_:
-        return as_json(report.metrics() | {"weights": weights, "references": dict(held_out.references)})
-    say(f"step {report.now.step}, {weights} weights")
-    print_bits(report, held_out.references)
-    for name, loss in report.losses.items():
-        say(f"loss.{name}: {loss:.4f}")
-    return OK
-
-
-@app.command
-def report(run: Path, /, *, json_: Json = False) -> int:
-    """Write the report of a run, finished or not, into its directory as report.html.
-
-    Args:
-        run: The run directory.
-    """
-    from tangram.core.pages import summary, write_report
-    from tangram.core.reports import ReportError, read_run
-
-    try:
-        path = write_report(run)
-    except ReportError as error:
-        return refuse(str(error))
-    if json_:
-        return as_json({"report": str(path)} | summary(read_run(run)))
-    say(str(path))
-    return OK
 
 
 @app.command
@@ -399,8 +351,11 @@ def _resolve(preset: str, overrides: Sequence[str], files: Sequence[Path]) -> "R
 def _building(resolved: "Resolved", build: Callable[[], _T]) -> _T:
     """Call `build`; say where in the preset stands what a component found wrong."""
     from tangram.core.config import ConfigError, Problem
+app.command(evaluate)
+app.command(report)
     from tangram.core.context import BuildError
 
+app.command(ablate)
     try:
         return build()
     except BuildError as error:
@@ -412,7 +367,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code. A user's mistake is one line or a few, never a traceback."""
     settle()
     try:
-        code = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            code = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         sys.exit(USAGE)
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` does

@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
+from tangram.core.parameters import Files
 from tangram.core.terminal import OK, refuse, say
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = False) -> int:
+def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = False, plugin: Files = ()) -> int:
     """Write a run's newest checkpoint in the format of DeepSeek-V3's release, for transformers, vLLM and others.
 
     Args:
@@ -27,7 +28,7 @@ def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = F
     if not shard_bytes:
         return refuse(f"--shard-size {shard_size} is no size; write 5GB or 200MB")
     try:
-        written = write(run, folder, shard_bytes=shard_bytes, fp8=fp8)
+        written = write(run, folder, shard_bytes=shard_bytes, fp8=fp8, plugins=plugin)
     except (InterchangeError, BuildError) as error:
         return refuse(str(error))
     except FormatError as error:
@@ -38,7 +39,7 @@ def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = F
     return OK
 
 
-def import_(folder: Path, /, *overrides: str, out: Path | None = None) -> int:
+def import_(folder: Path, /, *overrides: str, out: Path | None = None, plugin: Files = ()) -> int:
     """Make a model in the format of DeepSeek-V3's release a run, to evaluate or to train further.
 
     Args:
@@ -54,7 +55,7 @@ def import_(folder: Path, /, *overrides: str, out: Path | None = None) -> int:
 
     directory = out or Path("runs", folder.resolve().name)
     try:
-        read = import_model(folder, directory, overrides)
+        read = import_model(folder, directory, overrides, plugins=plugin)
     except (InterchangeError, TensorFileError, BuildError) as error:
         return refuse(str(error))
     except FormatError as error:

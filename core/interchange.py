@@ -20,6 +20,7 @@ from tangram.core.liveness import Liveness
 from tangram.core.model import build_model
 from tangram.core.presets import digest, dump, load_preset, to_yaml
 from tangram.core.process import versions
+from tangram.core.provenance import RUN_PRESET, tell_changes
 from tangram.core.records import Progress
 from tangram.core.tensor_file import Spec, TensorReader, TensorWriter
 from tangram.core.tokenizer_files import FILE as TOKENIZER
@@ -80,7 +81,14 @@ def _filling(folder: Path) -> Iterator[None]:
 # --- export -----------------------------------------------------------------------------------------------
 
 
-def export(run: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES, fp8: bool = False) -> Written:
+def export(
+    run: Path,
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    fp8: bool = False,
+    plugins: Sequence[str | Path] = (),
+) -> Written:
     """Write the newest checkpoint of a run into a new or empty folder, config.json last.
 
     Args:
@@ -88,16 +96,19 @@ def export(run: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES, fp8: bool
         folder: Where to.
         shard_bytes: Most bytes of tensors in a file; a larger tensor has one for itself.
         fp8: Write the linears that the release has in FP8 as E4M3 codes, with a scale for each 128 x 128 block.
+        plugins: Plugin files to load; those that a run names are not loaded on its word.
 
     Raises:
+        ForeignCodeError: The run needs plugin files that are not in `plugins`.
         InterchangeError: There is no such run, its weights are not those of its preset, or the folder is not empty.
         FormatError: The format cannot say this model.
         CheckpointError: No checkpoint is whole.
         BuildError: The data, which has the tokenizer, cannot be built.
     """
-    if not (run / "experiment.yaml").exists():
-        raise InterchangeError(f"{run} is no run directory: it has no experiment.yaml")
-    experiment = load_preset(run / "experiment.yaml")
+    if not (run / RUN_PRESET).exists():
+        raise InterchangeError(f"{run} is no run directory: it has no {RUN_PRESET}")
+    experiment = load_preset(run / RUN_PRESET, plugins=plugins)
+    tell_changes(run, experiment)
     shape = shape_of(dump(experiment))
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
@@ -184,7 +195,7 @@ def _write_rest(folder: Path, shape: Shape, tokenizer: Tokenizer | None, dtype: 
 # --- import -----------------------------------------------------------------------------------------------
 
 
-def import_model(folder: Path, out: Path, overrides: Sequence[str] = ()) -> Read:
+def import_model(folder: Path, out: Path, overrides: Sequence[str] = (), *, plugins: Sequence[str | Path] = ()) -> Read:
     """Make a folder in DeepSeek-V3's format a run that has taken no step, in a new or empty directory.
 
     Weights of any of the format's dtypes become float32. The optimizer's state is empty. What the format does not say,
@@ -194,6 +205,7 @@ def import_model(folder: Path, out: Path, overrides: Sequence[str] = ()) -> Read
         folder: The folder: config.json, weights in one file or in shards, and tokenizer.json if there is one.
         out: The run directory.
         overrides: Changes to the experiment, `dotted.path=value`.
+        plugins: Plugin files to load, which the overrides may name.
 
     Raises:
         InterchangeError: A file is missing or broken, or `out` is not empty; a tensor is missing, unexpected or of
@@ -209,7 +221,8 @@ def import_model(folder: Path, out: Path, overrides: Sequence[str] = ()) -> Read
         wanted = pieces(shape)
         weights.check(wanted)
         tokenizer = folder / TOKENIZER
-        experiment = _experiment(shape, folder.resolve().name, out if tokenizer.exists() else None, overrides)
+        home = out if tokenizer.exists() else None
+        experiment = _experiment(shape, folder.resolve().name, home, overrides, plugins)
         stack.enter_context(_filling(out))
         if tokenizer.exists():
             shutil.copyfile(tokenizer, out / TOKENIZER)
@@ -217,7 +230,9 @@ def import_model(folder: Path, out: Path, overrides: Sequence[str] = ()) -> Read
     return Read(experiment, shape.depth, tokenizer.exists())
 
 
-def _experiment(shape: Shape, name: str, out: Path | None, overrides: Sequence[str]) -> Experiment:
+def _experiment(
+    shape: Shape, name: str, out: Path | None, overrides: Sequence[str], plugins: Sequence[str | Path]
+) -> Experiment:
     """Return an experiment of a shape; with `out`, trained further on text with the tokenizer that lies there."""
     model, objectives = trees_of(shape)
     data: Mapping[str, object] = {"use": "synthetic"}
@@ -234,7 +249,8 @@ def _experiment(shape: Shape, name: str, out: Path | None, overrides: Sequence[s
         "observers": {"wandb": None, "ema": None},
         "train": {**train, "checkpoint_every": 100},
     }
-    experiment = load_preset("deepseek-v3", *(f"{key}={json.dumps(value)}" for key, value in laid.items()), *overrides)
+    settings = (f"{key}={json.dumps(value)}" for key, value in laid.items())
+    experiment = load_preset("deepseek-v3", *settings, *overrides, plugins=plugins)
     if shape_of(dump(experiment)) != shape:
         raise InterchangeError("the changes reach into the model, which is what the folder says")
     return experiment
@@ -255,7 +271,7 @@ def _write_run(out: Path, experiment: Experiment, weights: WeightFolder, wanted:
         "versions": versions(),
     }
     checkpoint.save(out / "checkpoints", 0, files, state, _model_writer(experiment, weights, wanted))
-    (out / "experiment.yaml").write_text(to_yaml(experiment), encoding="utf-8")  # last: now it is a run
+    (out / RUN_PRESET).write_text(to_yaml(experiment), encoding="utf-8")  # last: now it is a run
 
 
 def _liveness(weights: WeightFolder, wanted: Sequence[Piece]) -> Liveness:

@@ -1,6 +1,7 @@
 """The report of a run: one HTML file that needs nothing else, no network and no script."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -36,6 +37,7 @@ svg { display: block; width: 100%; height: auto; max-width: 40rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #e4e4e4; }
 td { overflow-wrap: anywhere; min-width: 5rem; }
+td:first-child { overflow-wrap: break-word; }
 pre { background: #f3f5f7; border-radius: .4rem; padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #0059a0; }
 .none { color: #555; font-style: italic; }
@@ -43,15 +45,20 @@ summary { cursor: pointer; color: #0059a0; }
 """
 
 
-def write_report(directory: str | Path) -> Path:
+def write_report(directory: str | Path, plugins: Sequence[str | Path] = ()) -> Path:
     """Write report.html into a run directory, from what lies in it alone, and return its path.
 
+    Args:
+        directory: The run directory.
+        plugins: Plugin files to load, as for `read_run`.
+
     Raises:
+        ForeignCodeError: The run needs plugin files that are not in `plugins`.
         ReportError: It is no run directory.
         ConfigError: Its experiment.yaml cannot be read.
     """
     path = Path(directory) / "report.html"
-    write_whole(path, page(read_run(directory)))
+    write_whole(path, page(read_run(directory, plugins)))
     return path
 
 
@@ -82,6 +89,11 @@ def _text(value: str) -> str:
     return escape(printable)
 
 
+def _name(value: str) -> str:
+    """Return a dotted name as HTML that may break where its words end."""
+    return re.sub(r"[._/]+", r"\g<0><wbr>", _text(value))
+
+
 def _none(why: str = "") -> str:
     return f'<p class="none">{NO_DATA}{": " if why else ""}{_text(why)}</p>'
 
@@ -110,6 +122,8 @@ def summary(run: RunRecord) -> dict[str, str]:
         "last loss, weighted": _figure(number(last.get("loss")), ".3f"),
         "held-out bits per byte": NO_DATA if bits is None else f"{bits:.3f}{part}",
     }
+    for name, row in run.averaged.items():
+        shown[f"averaged by {name}"] = _figure(number(row.get("eval.bits_per_byte")), ".3f")
     shown |= {f"the same by {name}": f"{value:.3f}" for name, value in run.references.items()}
     if run.held_out_bytes:
         shown["held-out bytes"] = f"{run.held_out_bytes:,}"
@@ -157,7 +171,7 @@ def _held_out(run: RunRecord) -> str:
 def _pieces(run: RunRecord) -> str:
     if not run.pieces:
         return _none("the run has not ended well, or was made before verdicts were kept")
-    rows = [(_text(piece.name), _word(piece), _text(piece.why)) for piece in run.pieces]
+    rows = [(_name(piece.name), _word(piece), _text(piece.why)) for piece in run.pieces]
     return _table(("piece", "verdict", "what was seen"), rows)
 
 
@@ -189,7 +203,7 @@ def _costs(run: RunRecord) -> str:
 
 def _settings(run: RunRecord) -> str:
     rows = [
-        (_text(s.path), _text(json.dumps(s.value, ensure_ascii=False)), _text(s.origin or "not known"))
+        (_name(s.path), _text(json.dumps(s.value, ensure_ascii=False)), _name(s.origin or "not known"))
         for s in run.settings
     ]
     table = _table(("path", "value", "written in"), rows)

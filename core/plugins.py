@@ -37,6 +37,9 @@ SLOW = 1.0
 
 _US = "tangram-lm"
 
+FILE_MODULE = "tangram_file_"
+"""How the name of a single-file plugin's module begins."""
+
 
 @frozen
 class Broken:
@@ -85,6 +88,7 @@ class Plugins:
         registry: The components.
         manager: The process's pluggy manager. It knows plugin modules, and no observer of any run.
         presets: Preset files by name.
+        files: SHA-256 of each single-file plugin that was taken, by its absolute path.
         broken: What could not be taken.
         remarks: What was taken and is not as it should be.
     """
@@ -93,6 +97,7 @@ class Plugins:
         self.registry = Registry()
         self.manager = _new_manager()
         self.presets: dict[str, Path] = {}
+        self.files: dict[Path, str] = {}
         self.broken: list[Broken] = []
         self.remarks: list[Remark] = []
 
@@ -139,14 +144,28 @@ class Plugins:
             ConfigError: There is no such file.
             PluginError: It does not load.
         """
+        if path.resolve() in self.files:
+            return
         if not path.is_file():
             raise ConfigError([Problem(None, "", f"there is no plugin file {show_path(path)}")])
         with self._guard(path.name, show_path(path)):
             began = time.perf_counter()
             taken = self._take(_import_file(path.resolve()), show_path(path))
             self._remark(path.name, show_path(path), taken, time.perf_counter() - began)
+            self.files[path.resolve()] = sha256_of(path)
             return
         raise PluginError(str(self.broken.pop()))
+
+    def stands_for(self, path: Path, sha256: str | None) -> bool:
+        """Return whether a file that was taken is the one at `path`: itself, or one of that content or that name.
+
+        If so, the one at `path` counts as taken from then on.
+        """
+        for file, found in list(self.files.items()):
+            if file == path.resolve() or found == sha256 or file.name == path.name:
+                self.files[path.resolve()] = found
+                return True
+        return False
 
     def report(self) -> str:
         """Return a line for each broken plugin; those of one origin with one error share it."""
@@ -314,9 +333,14 @@ def _files(shipped: object) -> list[str | Path]:
     return list(shipped)
 
 
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _import_file(path: Path) -> ModuleType:
     """Import a file once for the process, so that two experiments that name it share its classes."""
-    name = f"tangram_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{FILE_MODULE}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -29,7 +29,8 @@ from tangram.core.config import (
     suggest,
 )
 from tangram.core.experiment import Experiment
-from tangram.core.plugins import PluginError, Plugins
+from tangram.core.plugins import PluginError, Plugins, sha256_of
+from tangram.core.provenance import RUN_PRESET, recorded_files
 from tangram.core.structuring import UnknownUseError, plain, structure
 
 _COLLECTIONS = ("objectives", "observers")
@@ -69,14 +70,24 @@ class Resolved:
         return Origin(show_path(self.file))
 
 
-def load_preset(name_or_path: str | Path, *overrides: str) -> Experiment:
+class ForeignCodeError(ConfigError):
+    """A run names files of code that the user has not given."""
+
+
+def load_preset(name_or_path: str | Path, *overrides: str, plugins: Sequence[str | Path] = ()) -> Experiment:
     """Return the experiment of a preset, with `overrides` such as `model.dim=64` laid over it.
+
+    Args:
+        name_or_path: The preset.
+        overrides: Changes to it.
+        plugins: Plugin files to load first.
 
     Raises:
         ConfigError: It cannot be resolved; with every problem and its line.
+        ForeignCodeError: It is a run's, and needs plugin files that are not in `plugins`.
         PluginError: A plugin that it needs is broken.
     """
-    return resolve(name_or_path, overrides, Plugins.discover()).experiment
+    return resolve(name_or_path, overrides, Plugins.discover(plugins)).experiment
 
 
 def available(plugins: Plugins) -> dict[str, Path]:
@@ -84,15 +95,31 @@ def available(plugins: Plugins) -> dict[str, Path]:
     return dict(sorted(plugins.presets.items()))
 
 
-def resolve(name_or_path: str | Path, overrides: Sequence[str], plugins: Plugins) -> Resolved:
+def resolve(
+    name_or_path: str | Path,
+    overrides: Sequence[str],
+    plugins: Plugins,
+    *,
+    patches: Sequence[Node] = (),
+    folder: Path = Path(),
+) -> Resolved:
     """Resolve a preset; single-file plugins that it names join `plugins`.
+
+    Args:
+        name_or_path: The preset's name, or its file.
+        overrides: Changes such as `model.dim=64`.
+        plugins: What exists.
+        patches: Laid over the preset in order, before the overrides.
+        folder: What a path of the preset, and plugin files in the patches, are relative to.
 
     Raises:
         ConfigError: With every problem and its line.
         PluginError: A plugin file does not load, or what is named may be in a plugin that did not.
     """
-    file = _find(str(name_or_path), plugins, Path(), None)
+    file = _find(str(name_or_path), plugins, folder, None)
     tree = _name_uses(_compose(file, plugins, ()))
+    for patch in patches:
+        tree = _lay(tree, _absolute_plugins(patch, folder))
     problems: list[Problem] = []
     for text in overrides:
         try:
@@ -141,6 +168,8 @@ def _compose(file: Path, plugins: Plugins, children: tuple[Path, ...]) -> Node:
     A file that extends nothing may be meant as a patch, so its entries get their `use` only where it is the base.
     """
     tree = _absolute_plugins(load(file), file.parent)
+    if RUN_PRESET in {path.name for path in (*children, file)}:
+        _demand_files(tree, file, plugins)
     own = dict(cast(Mapping[str, Node], tree.value))
     extends = own.pop("extends", None)
     tree = Node(own, tree.origin)
@@ -209,15 +238,39 @@ def _absolute_plugins(tree: Node, folder: Path) -> Node:
     return _with(tree, "plugins", Node(absolute, files.origin))
 
 
-def _take_plugins(tree: Node, plugins: Plugins) -> None:
-    """Load the plugin files that a preset names; what is no path is left to structuring."""
+def _plugin_files(tree: Node) -> dict[Path, Origin]:
+    """Return the plugin files that a tree names; what is no path is left to structuring."""
     files = tree.child("plugins")
-    for node in files.value if files is not None and isinstance(files.value, list) else ():
-        if isinstance(node.value, str):
-            if not Path(node.value).is_file():
-                text = f"there is no plugin file {show_path(Path(node.value))}"
-                raise ConfigError([Problem(node.origin, "plugins", text)])
-            plugins.take_file(Path(node.value))
+    nodes = files.value if files is not None and isinstance(files.value, list) else []
+    return {Path(node.value): node.origin for node in nodes if isinstance(node.value, str)}
+
+
+def _take_plugins(tree: Node, plugins: Plugins) -> None:
+    """Load the plugin files that a preset names."""
+    for path, origin in _plugin_files(tree).items():
+        if not path.is_file() and path not in plugins.files:
+            raise ConfigError([Problem(origin, "plugins", f"there is no plugin file {show_path(path)}")])
+        plugins.take_file(path)
+
+
+def _demand_files(tree: Node, file: Path, plugins: Plugins) -> None:
+    """Check that the user gave every plugin file that a run names or says it used.
+
+    Raises:
+        ForeignCodeError: With each that is missing.
+    """
+    used = {Path(path): sha256 for path, sha256 in recorded_files(file.parent).items()}
+    named = _plugin_files(tree)
+    problems = []
+    for path in {**named, **used}:
+        if not plugins.stands_for(path, used.get(path)):
+            now = sha256_of(path) if path.is_file() else "of a file that is not there"
+            before = f", when the run began {used[path]}" if used.get(path, now) != now else ""
+            shown = show_path(path)
+            text = f"{shown} (sha256 {now}{before}) is code and not imported on a run's word; read it and add --plugin"
+            problems.append(Problem(named.get(path, Origin(show_path(file))), "plugins", f"{text} {shown}"))
+    if problems:
+        raise ForeignCodeError(problems)
 
 
 def _expand_blocks(tree: Node) -> Node:

@@ -127,7 +127,7 @@ def number(value: object) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def read_run(directory: str | Path) -> RunRecord:
+def read_run(directory: str | Path, plugins: Sequence[str | Path] = ()) -> RunRecord:
     """Read a run directory, finished or not. Files that are missing or damaged leave gaps, not errors.
 
     Raises:
@@ -137,7 +137,12 @@ def read_run(directory: str | Path) -> RunRecord:
     directory = Path(directory)
     preset = directory / "experiment.yaml"
     if not preset.is_file():
+    Args:
+        directory: The run directory.
+        plugins: Plugin files to load; those that a run names are not loaded on its word.
+
         raise ReportError(f"{directory} is no run directory: it has no experiment.yaml")
+        ForeignCodeError: The run needs plugin files that are not in `plugins`.
     gaps: list[str] = []
     files = {name: _object(directory / f"{name}.json", gaps) for name in ("about", "origins", "load", "verdict")}
     about, verdict = files["about"], files["verdict"]
@@ -160,7 +165,7 @@ def read_run(directory: str | Path) -> RunRecord:
         data=str(about.get("data", "")),
         references=_numbers(_map(held_out.get("references"))),
         held_out_bytes=int(number(held_out.get("bytes")) or 0),
-        measures=_measured(preset, gaps),
+        measures=_measured(preset, plugins, gaps),
         gaps=tuple(gaps),
     )
 
@@ -241,15 +246,20 @@ def _settings(tree: Node, origins: Mapping[str, Plain], path: str = "") -> Itera
         yield from _settings(node, origins, f"{path}.{key}" if path else str(key))
 
 
-def _measured(preset: Path, gaps: list[str]) -> "Measures | None":
+def _measured(preset: Path, plugins: Sequence[str | Path], gaps: list[str]) -> "Measures | None":
     """Return the costs of the model. A preset may need a plugin, or a version of one, that is not here."""
     from tangram.core.context import BuildError
     from tangram.core.measure import measure
     from tangram.core.plugins import PluginError
-    from tangram.core.presets import load_preset
+    from tangram.core.presets import ForeignCodeError, load_preset
+    from tangram.core.provenance import changed_files
 
     try:
-        return measure(load_preset(preset))
+        experiment = load_preset(preset, plugins=plugins)
+        gaps += changed_files(preset.parent, experiment)
+        return measure(experiment)
+    except ForeignCodeError:
+        raise
     except (BuildError, ConfigError, PluginError) as error:
         gaps.append(f"the model cannot be built here: {error}")
         return None

@@ -1,6 +1,6 @@
 """A run: from a resolved preset to a directory with weights, metrics and a verdict on every piece."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,7 +14,8 @@ from tangram.core.evaluation import set_weights
 from tangram.core.experiment import Experiment
 from tangram.core.files import write_whole
 from tangram.core.plugins import run_manager
-from tangram.core.presets import digest, to_yaml
+from tangram.core.presets import digest, load_preset, to_yaml
+from tangram.core.provenance import RUN_PRESET, tell_changes, used_files
 from tangram.core.saver import Saver
 from tangram.core.session import Outcome, RunError, Session
 from tangram.core.step import Trainer
@@ -37,7 +38,7 @@ def resumable(directory: str | Path) -> Found | None:
     root = Path(directory) / "checkpoints"
     checkpoint.settle(root)
     found = checkpoint.newest(root)
-    if found is None and not (Path(directory) / "experiment.yaml").exists():
+    if found is None and not (Path(directory) / RUN_PRESET).exists():
         raise RunError(f"{directory} holds no run to resume; leave out --resume to start one")
     return found
 
@@ -65,19 +66,20 @@ def train(
         CheckpointError: A checkpoint could not be written; those before it are whole.
     """
     directory = directory_of(experiment, out)
-    if not resume and (directory / "experiment.yaml").exists():
+    if not resume and (directory / RUN_PRESET).exists():
         raise RunError(f"{directory} holds a run already; continue it with --resume or choose another --out")
     run = assemble(experiment)
     observers = {name: built(f"observers.{name}", config.build) for name, config in experiment.observers.items()}
     session = _session(run, directory, observers)
     found = resumable(directory) if resume is True else resume or None
     if found is not None:
+        tell_changes(directory, experiment)
         session.resume(found)
     else:
         session.liveness.begin(run.model)
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / "experiment.yaml", to_yaml(experiment))
-        session.note("about", session.about())
+        write_whole(directory / RUN_PRESET, to_yaml(experiment))
+        session.note("about", session.about() | {"plugins": used_files(experiment)})
         session.note("origins", {path: str(origin) for path, origin in origins.items()})
     view = session.view()
     session.hooks.tangram_run_started(run=view)
@@ -95,23 +97,24 @@ def train(
     return outcome
 
 
-def load_run(path: str | Path, *, averaged: bool = False) -> Trainer:
+def load_run(path: str | Path, *, averaged: bool = False, plugins: Sequence[str | Path] = ()) -> Trainer:
     """Return the trainer of a run as its newest checkpoint left it.
 
     Args:
         path: The run directory.
         averaged: Give the model the averaged weights that an observer kept, instead of the last ones.
+        plugins: Plugin files to load; those that a run names are not loaded on its word.
 
     Raises:
+        ForeignCodeError: The run needs plugin files that are not in `plugins`.
         RunError: There is no run, no checkpoint, or no average.
         CheckpointError: No checkpoint is whole.
     """
-    from tangram.core.presets import load_preset
-
     directory = Path(path)
-    if not (directory / "experiment.yaml").exists():
-        raise RunError(f"{directory} is no run directory: it has no experiment.yaml")
-    experiment = load_preset(str(directory / "experiment.yaml"))
+    if not (directory / RUN_PRESET).exists():
+        raise RunError(f"{directory} is no run directory: it has no {RUN_PRESET}")
+    experiment = load_preset(directory / RUN_PRESET, plugins=plugins)
+    tell_changes(directory, experiment)
     built_ones = {name: built(f"observers.{name}", config.build) for name, config in experiment.observers.items()}
     observers = {name: observer for name, observer in built_ones.items() if isinstance(observer, Averaging)}
     if averaged and not observers:

@@ -1,0 +1,49 @@
+"""The commands `evaluate` and `report`, which read a run; torch is imported inside them."""
+
+from pathlib import Path
+
+from tangram.core.parameters import Files, Json
+from tangram.core.terminal import OK, as_json, print_bits, refuse, say
+
+
+def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False, plugin: Files = ()) -> int:
+    """Evaluate a run's newest checkpoint on all held-out text; the run is left as it is.
+
+    Args:
+        run: The run directory.
+        ema: Take the averaged weights that the observer ema kept.
+    """
+    from tangram.core.evaluation import evaluate as evaluated
+    from tangram.core.run import load_run
+
+    trainer = load_run(run, averaged=ema, plugins=plugin)
+    report, held_out = evaluated(trainer), trainer.data.held_out
+    if report is None or held_out is None:
+        return refuse(f"{run} was trained on data without held-out text")
+    weights = "averaged" if ema else "last"
+    if json_:
+        return as_json(report.metrics() | {"weights": weights, "references": dict(held_out.references)})
+    say(f"step {report.now.step}, {weights} weights")
+    print_bits(report, held_out.references)
+    for name, loss in report.losses.items():
+        say(f"loss.{name}: {loss:.4f}")
+    return OK
+
+
+def report(run: Path, /, *, json_: Json = False, plugin: Files = ()) -> int:
+    """Write the report of a run, finished or not, into its directory as report.html.
+
+    Args:
+        run: The run directory.
+    """
+    from tangram.core.pages import summary, write_report
+    from tangram.core.reports import ReportError, read_run
+
+    try:
+        path = write_report(run, plugin)
+    except ReportError as error:
+        return refuse(str(error))
+    if json_:
+        return as_json({"report": str(path)} | summary(read_run(run, plugin)))
+    say(str(path))
+    return OK
