@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError
 
 from tangram.core.cli_interchange import export, import_
 from tangram.core.cli_runs import evaluate, report
-from tangram.core.cli_studies import ablate
 from tangram.core.parameters import Files, Json, Overrides
 from tangram.core.process import settle
 from tangram.core.terminal import (
@@ -355,7 +354,6 @@ app.command(evaluate)
 app.command(report)
     from tangram.core.context import BuildError
 
-app.command(ablate)
     try:
         return build()
     except BuildError as error:
