@@ -1,5 +1,7 @@
 """From an experiment to what a step works on."""
 
+from collections.abc import Iterator
+
 from attrs import evolve
 
 from tangram.core.context import BuildError, Parallel, built
@@ -58,20 +60,32 @@ def rehearse(experiment: Experiment) -> int:
     sharding = built("parallel.sharding", experiment.parallel.sharding.build, Parallel())
     built("optimizer", experiment.optimizer.build, sharding.attach(model))
     pipeline = built("parallel.pipeline", experiment.parallel.pipeline.build)
-    now, sizes = Progress(), set[int]()
-    while now.tokens < train.tokens:
-        if now.step == MOST_STEPS:
-            message = f"takes more than {MOST_STEPS:,} steps: raise train.batch_sequences or train.sequence_length"
-            raise BuildError("train.tokens", message)
-        sequences = sequences_at(experiment, now)
+    sizes, n_steps = set[int](), 0
+    for sequences in laid_out(experiment):
         if sequences // train.micro_sequences > MOST_MICROBATCHES:
             message = f"makes a step of more than {MOST_MICROBATCHES:,} micro-batches: raise train.micro_sequences"
             raise BuildError("train.batch_sequences", message)
         sizes.add(sequences // train.micro_sequences)
-        now = Progress(now.step + 1, now.tokens + sequences * train.sequence_length, now.sequences + sequences)
+        n_steps += 1
     for microbatches in {min(sizes), max(sizes)}:
         built("parallel.pipeline", pipeline.schedule, 1, microbatches)
-    return now.step
+    return n_steps
+
+
+def laid_out(experiment: Experiment) -> Iterator[int]:
+    """Yield the sequences of every step of a run, if none is skipped.
+
+    Raises:
+        BuildError: There are too many.
+    """
+    now, length = Progress(), experiment.train.sequence_length
+    while now.tokens < experiment.train.tokens:
+        if now.step == MOST_STEPS:
+            message = f"takes more than {MOST_STEPS:,} steps: raise train.batch_sequences or train.sequence_length"
+            raise BuildError("train.tokens", message)
+        sequences = sequences_at(experiment, now)
+        yield sequences
+        now = Progress(now.step + 1, now.tokens + sequences * length, now.sequences + sequences)
 
 
 def sequences_at(experiment: Experiment, now: Progress) -> int:

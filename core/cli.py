@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError
 
 from tangram.core.cli_interchange import export, import_
 from tangram.core.cli_runs import evaluate, report
+from tangram.core.cli_studies import ablate
 from tangram.core.parameters import Files, Json, Overrides
 from tangram.core.process import settle
 from tangram.core.terminal import (
@@ -333,6 +334,7 @@ def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
 
 app.command(export)
 app.command(import_, name="import")
+app.command(ablate)
 
 
 def _plugins(files: Sequence[Path]) -> "Plugins":

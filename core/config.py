@@ -81,6 +81,15 @@ class Node:
             return [node.plain() for node in self.value]
         return self.value
 
+    @classmethod
+    def of(cls, value: Plain, origin: Origin) -> "Node":
+        """Return a value as if all of it had been written at `origin`."""
+        if isinstance(value, dict):
+            return cls({key: cls.of(item, origin) for key, item in value.items()}, origin)
+        if isinstance(value, list):
+            return cls([cls.of(item, origin) for item in value], origin)
+        return cls(value, origin)
+
     def child(self, step: str | int) -> "Node | None":
         """Return what lies under a key of a map or an index of a list, if anything does."""
         if isinstance(self.value, dict):

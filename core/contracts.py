@@ -7,11 +7,11 @@ Letters: B sequences, S positions, D model, H heads, E experts, K experts per to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from tangram.core.curve import Curve
@@ -444,6 +444,43 @@ class Writable(Protocol):
         ...
 
 
+# --- around a run ---------------------------------------------------------------------------------------------------
+
+
+@frozen
+class Job:
+    """A command that a launcher runs; whatever it leaves behind, it writes itself.
+
+    Attributes:
+        name: Names it in logs; the name of a file.
+        command: The command line, word by word.
+    """
+
+    name: str
+    command: tuple[str, ...]
+
+
+class Launcher(Protocol):
+    """Runs the cells of a study, here or elsewhere."""
+
+    workers: int
+    """Jobs that may run at once."""
+
+    threads: int
+    """Threads that a job has for itself."""
+
+    def run(self, jobs: Sequence[Job], folder: "Path") -> Generator[tuple[Job, int], None, None]:
+        """Yield each job as it ends, with its exit code; negative for a signal, as `subprocess` has it.
+
+        Closing the generator asks what still runs to stop and save, and waits for it.
+
+        Args:
+            jobs: What to run, in this order where not all can run at once.
+            folder: For the logs, and files of the launcher's own.
+        """
+        ...
+
+
 # --- configs: what a preset names ---------------------------------------------------------------------------------
 
 
@@ -551,6 +588,14 @@ class ObserverConfig(Protocol):
         ...
 
 
+class LauncherConfig(Protocol):
+    """Fills the slot `launcher`, which a study names and a preset does not."""
+
+    def build(self) -> Launcher:
+        """Build it."""
+        ...
+
+
 SLOTS: Mapping[str, type] = {
     "attention": AttentionConfig,
     "feedforward": FeedForwardConfig,
@@ -565,5 +610,6 @@ SLOTS: Mapping[str, type] = {
     "guard": GuardConfig,
     "data": DataConfig,
     "observer": ObserverConfig,
+    "launcher": LauncherConfig,
 }
 """Every slot, with the config contract that its components fulfil."""

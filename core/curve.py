@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 if TYPE_CHECKING:
     from tangram.core.records import Progress
@@ -128,6 +128,14 @@ class Curve:
             begin = piece.until.at
         raise AssertionError("the last piece has no end")
 
+    def stretched(self, factor: float) -> "Curve":
+        """Return the curve of a run that is `factor` times as long: every end, in tokens or steps, moves with it.
+
+        Raises:
+            CurveError: Two ends fall together.
+        """
+        return Curve(tuple(_stretched(piece, factor) for piece in self.pieces))
+
     @classmethod
     def parse(cls, raw: object) -> "Curve":
         """Read a curve as a preset writes it: a number, or a list of pieces.
@@ -153,6 +161,13 @@ class Curve:
         if len(self.pieces) == 1 and isinstance(first, Constant):
             return first.value
         return [_dump_piece(piece) for piece in self.pieces]
+
+
+def _stretched(piece: Piece, factor: float) -> Piece:
+    if piece.until is None:
+        return piece
+    until = End(max(1, round(piece.until.at * factor)), piece.until.unit)
+    return evolve(piece, until=until)
 
 
 def _dump_piece(piece: Piece) -> dict[str, float | int | str]:

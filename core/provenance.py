@@ -18,12 +18,12 @@ RUN_PRESET = "experiment.yaml"
 
 def used_files(experiment: Experiment) -> dict[str, str]:
     """Return the SHA-256 of each single-file plugin that the experiment lists or takes a component from, by path."""
-    modules = {type(config).__module__ for config in _configs(experiment)}
+    modules = {type(config).__module__ for config in configs_in(experiment)}
     files = {str(sys.modules[name].__file__) for name in modules if name.startswith(FILE_MODULE)}
     return {file: sha256_of(Path(file)) for file in sorted(files | set(experiment.plugins)) if Path(file).is_file()}
 
 
-def _configs(value: object) -> Iterator[object]:
+def configs_in(value: object) -> Iterator[object]:
     """Yield every config inside `value`."""
     cls = type(value)
     parts: Iterable[object] = ()
@@ -35,7 +35,7 @@ def _configs(value: object) -> Iterator[object]:
         yield value
         parts = [getattr(value, field.name) for field in attrs.fields(cls)]
     for part in parts:
-        yield from _configs(part)
+        yield from configs_in(part)
 
 
 def recorded_files(directory: Path) -> dict[str, str]:
