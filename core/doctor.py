@@ -21,6 +21,8 @@ _PACKAGES = (
     "cyclopts",
     "safetensors",
     "tokenizers",
+    "matplotlib",
+    "wandb",
 )
 
 

@@ -1,99 +1,49 @@
 """The pictures of a report: each a function from a run's record to SVG text, or None where it has no data.
 
-The same record gives the same bytes. Colours are those of Okabe and Ito, which the colour-blind tell apart.
+The same record gives the same bytes.
 """
 
-import io
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
+from tangram.core.drawing import COLOURS, DASHES, drawing, plain_thousands, thinned
 from tangram.core.reports import RunRecord, Trace, number
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from tangram.core.measure import Measures
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")
-POINTS = 1000
-"""Most points of a line: more cannot be told apart."""
+LINES = 7
+"""Most layers that are drawn as lines; more are drawn as a map."""
+
+COLUMNS = 240
+"""Most columns of a map."""
 
 
-def thinned(trace: Trace, limit: int = POINTS) -> Trace:
-    """Return at most `limit` points of a trace: of each stretch the lowest and the highest, so that no peak is lost."""
-    n = len(trace.y)
-    if n <= limit:
-        return trace
-    stretches = (limit - 2) // 2
-    kept = {0, n - 1}
-    for i in range(stretches):
-        inside = range(i * n // stretches, (i + 1) * n // stretches)
-        kept |= {min(inside, key=trace.y.__getitem__), max(inside, key=trace.y.__getitem__)}
-    order = sorted(kept)
-    return Trace(tuple(trace.x[i] for i in order), tuple(trace.y[i] for i in order))
-
-
-@contextmanager
-def _drawing(key: str, width: float = 4.8, height: float = 3.0) -> "Iterator[tuple[Axes, list[str]]]":
-    """Give axes to draw on; when it ends, the list holds the SVG, its ids prefixed by `key`."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    drawn: list[str] = []
-    style = rc_context(
-        {
-            "svg.hashsalt": key,
-            "svg.fonttype": "none",  # letters stay letters: they can be searched, and the file is small
-            "text.parse_math": False,  # a name with a dollar sign is a name
-            "font.size": 10.0,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.alpha": 0.3,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "lines.linewidth": 1.3,
-        }
-    )
-    with style:
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure.add_subplot(), drawn
-        drawn.append(_svg(figure, key))
-
-
-def _svg(figure: "Figure", key: str) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # Several pictures share a page, where an id may stand only once.
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", text).rstrip()
-
-
-def _lines(axes: "Axes", traces: Mapping[str, Trace], x: str, y: str) -> None:
-    """Draw one line a trace, told apart by colour and dash."""
+def _lines(axes: "Axes", traces: Mapping[str, Trace], x: str, y: str, above: bool = False) -> None:
+    """Draw one line a trace, told apart by colour and dash; many have their legend above them."""
     looks = zip(cycle(COLOURS), cycle(DASHES), strict=False)
-    handles = []
+    handles: list[Artist] = []
     for trace, (colour, dash) in zip(map(thinned, traces.values()), looks, strict=False):
         mark = "o" if len(trace.x) < 3 else ""
         handles += axes.plot(trace.x, trace.y, color=colour, linestyle=dash, marker=mark, markersize=3)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    _plain_thousands(axes)
-    if len(traces) > 1:
-        axes.legend(handles, list(traces), fontsize=9, frameon=False)
+    plain_thousands(axes)
+    if above:
+        figure = axes.get_figure()
+        assert figure is not None
+        figure.legend(handles, list(traces), fontsize=9, frameon=False, ncols=4, loc="outside upper center")
+    elif len(traces) > 1:
+        _legend(axes, handles, list(traces))
 
 
-def _plain_thousands(axes: "Axes") -> None:
-    """Write 400000 as 400 k on the axis below, for labels that do not run into each other."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+def _legend(axes: "Axes", handles: "Sequence[Artist]", names: Sequence[str]) -> None:
+    axes.legend(handles, names, fontsize=9, framealpha=0.8, edgecolor="none")  # readable above crowded lines
 
 
 def _losses(run: RunRecord, over: str, key: str, x: str) -> str | None:
@@ -101,8 +51,8 @@ def _losses(run: RunRecord, over: str, key: str, x: str) -> str | None:
     traces = {name: trace for name, trace in traces.items() if trace.x}
     if not traces:
         return None
-    with _drawing(key) as (axes, drawn):
-        _lines(axes, traces, x, "loss (nats)")
+    with drawing(key) as (axes, drawn):
+        _lines(axes, traces, x, "loss")
     return drawn[0]
 
 
@@ -121,18 +71,34 @@ def bits_per_byte(run: RunRecord) -> str | None:
     trace = run.evaluated("eval.bits_per_byte")
     if not trace.x:
         return None
-    with _drawing("bits") as (axes, drawn):
+    with drawing("bits") as (axes, drawn):
+        highest = max(*trace.y, *run.references.values(), 0)
         (line,) = axes.plot(trace.x, trace.y, color=COLOURS[0], marker="o", markersize=4)
-        handles, names = [line], ["this run"]
+        handles: list[Artist] = [line]
+        names = ["this run"]
         for (name, bits), colour, dash in zip(run.references.items(), cycle(COLOURS[1:]), cycle(DASHES[1:])):
             handles.append(axes.axhline(bits, color=colour, linestyle=dash))
             names.append(f"{name} ({bits:.2f})")
+        for (name, (tokens, bits)), mark in zip(_averaged(run).items(), cycle("DsP^")):
+            handles += axes.plot(tokens, bits, color=COLOURS[6], marker=mark, markersize=6, linestyle="")
+            names.append(f"averaged by {name} ({bits:.2f})")
+            highest = max(highest, bits)
         axes.set_xlabel("tokens")
         axes.set_ylabel("bits per byte")
-        axes.set_ylim(0, 1.08 * max(*trace.y, *run.references.values(), 0))
-        _plain_thousands(axes)
-        axes.legend(handles, names, fontsize=9, frameon=False)
+        axes.set_ylim(0, 1.08 * highest)
+        plain_thousands(axes)
+        _legend(axes, handles, names)
     return drawn[0]
+
+
+def _averaged(run: RunRecord) -> dict[str, tuple[float, float]]:
+    """Return tokens and bits per byte of each average of the weights."""
+    points = {}
+    for name, row in run.averaged.items():
+        tokens, bits = number(row.get("tokens")), number(row.get("eval.bits_per_byte"))
+        if tokens is not None and bits is not None:
+            points[name] = (tokens, bits)
+    return points
 
 
 def expert_load(run: RunRecord) -> str | None:
@@ -145,18 +111,14 @@ def expert_load(run: RunRecord) -> str | None:
         [count * len(counts) / sum(counts) for count in counts] + [float("nan")] * (widest - len(counts))
         for counts in rows.values()
     ]
-    with _drawing("load", height=min(1.6 + 0.22 * len(rows), 6.0)) as (axes, drawn):
-        from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
+    with drawing("load", height=_map_height(len(rows))) as (axes, drawn):
+        from matplotlib.ticker import MaxNLocator
 
-        axes.grid(visible=False)
         # White is balanced; below 0 there is nothing, and twice the fair share is full colour.
         image = axes.imshow(shares, cmap="PuOr_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-        every = -(-len(rows) // 16)
-        axes.yaxis.set_major_locator(FixedLocator(list(range(0, len(rows), every))))
-        axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in list(rows)[::every]]))
+        _layer_axis(axes, list(rows))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("expert")
-        axes.set_ylabel("layer")
         axes.figure.colorbar(image, ax=axes, extend="max", label="share, 1 is fair")
     return drawn[0]
 
@@ -165,11 +127,11 @@ def _single(run: RunRecord, column: str, label: str, log: bool = False, limit: f
     trace = run.trace(column)
     if not trace.x:
         return None
-    with _drawing(column) as (axes, drawn):
+    with drawing(column) as (axes, drawn):
         _lines(axes, {column: trace}, "tokens", label)
         if limit is not None:
             line = axes.axhline(limit, color=COLOURS[1], linestyle="--")
-            axes.legend([line], [f"clipped above {limit:g}"], fontsize=9, frameon=False)
+            _legend(axes, [line], [f"clipped above {limit:g}"])
         if log and min(trace.y) > 0:
             _log_scale(axes)
         elif min(trace.y) >= 0:
@@ -181,9 +143,69 @@ def _log_scale(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _by_layer(run: RunRecord, column: str, label: str) -> str | None:
+    """Draw a quantity of every layer: a line each, or a map of layers and steps where there are many."""
+    traces = {layer: trace for layer, trace in run.by_layer(column, "step").items() if trace.x}
+    if not traces:
+        return None
+    if len(traces) > LINES:
+        return _layer_map(f"{column}-layers", traces, label)
+    with drawing(f"{column}-layers") as (axes, drawn):
+        _lines(axes, {f"layer {layer}": trace for layer, trace in traces.items()}, "step", label, above=True)
+        if all(min(trace.y) >= 0 for trace in traces.values()):
+            axes.set_ylim(bottom=0)
+    return drawn[0]
+
+
+def _layer_map(key: str, traces: Mapping[int, Trace], label: str) -> str:
+    """Draw layers over steps, each cell the largest value of its stretch of steps."""
+    first, last = _ends(traces)
+    with drawing(key, height=_map_height(len(traces))) as (axes, drawn):
+        extent = (first - 0.5, last + 0.5, len(traces) - 0.5, -0.5)
+        cells = stretches(traces)
+        image = axes.imshow(cells, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest", extent=extent)
+        _layer_axis(axes, list(traces))
+        plain_thousands(axes)
+        axes.set_xlabel("step")
+        axes.figure.colorbar(image, ax=axes, label=label)
+    return drawn[0]
+
+
+def _ends(traces: Mapping[int, Trace]) -> tuple[int, int]:
+    return int(min(trace.x[0] for trace in traces.values())), int(max(trace.x[-1] for trace in traces.values()))
+
+
+def stretches(traces: Mapping[int, Trace]) -> list[list[float]]:
+    """Return a row a trace over steps, cut into at most `COLUMNS` equal stretches: of each the largest, nan of none."""
+    first, last = _ends(traces)
+    n = last - first + 1
+    width = min(n, COLUMNS)
+    cells = [[math.nan] * width for _ in traces]
+    for row, trace in zip(cells, traces.values(), strict=True):
+        for x, y in zip(trace.x, trace.y, strict=True):
+            column = (int(x) - first) * width // n
+            row[column] = y if math.isnan(row[column]) else max(y, row[column])
+    return cells
+
+
+def _map_height(layers: int) -> float:
+    return min(1.6 + 0.22 * layers, 4.0)
+
+
+def _layer_axis(axes: "Axes", layers: Sequence[int]) -> None:
+    """Write the layers, or as many of them as there is room for, beside the rows of a map."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator
+
+    every = -(-len(layers) // 16)
+    axes.grid(visible=False)
+    axes.yaxis.set_major_locator(FixedLocator(list(range(0, len(layers), every))))
+    axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in layers[::every]]))
+    axes.set_ylabel("layer")
 
 
 def violation(run: RunRecord) -> str | None:
@@ -194,6 +216,16 @@ def violation(run: RunRecord) -> str | None:
 def expert_bias(run: RunRecord) -> str | None:
     """Draw the largest expert bias."""
     return _single(run, "bias", "largest expert bias")
+
+
+def violation_by_layer(run: RunRecord) -> str | None:
+    """Draw MaxVio of each layer."""
+    return _by_layer(run, "violation", "load violation")
+
+
+def bias_by_layer(run: RunRecord) -> str | None:
+    """Draw the largest expert bias of each layer."""
+    return _by_layer(run, "bias", "largest expert bias")
 
 
 def learning_rate(run: RunRecord) -> str | None:
@@ -210,13 +242,13 @@ def _bars(key: str, parts: Mapping[str, int], label: str) -> str | None:
     total = sum(parts.values())
     if not total:
         return None
-    with _drawing(key, height=1.0 + 0.32 * len(parts)) as (axes, drawn):
+    with drawing(key, height=1.0 + 0.32 * len(parts)) as (axes, drawn):
         axes.grid(visible=False, axis="y")
         bars = axes.barh(list(parts), list(parts.values()), color=COLOURS[0])
         axes.bar_label(bars, [f"{100 * value / total:.1f} %" for value in parts.values()], padding=3, fontsize=9)
         axes.invert_yaxis()
         axes.margins(x=0.18)
-        _plain_thousands(axes)
+        plain_thousands(axes)
         axes.set_xlabel(label)
     return drawn[0]
 
@@ -258,15 +290,29 @@ def flops_of(measures: "Measures") -> dict[str, int]:
 
 
 FIGURES: Sequence[tuple[str, str, Callable[[RunRecord], str | None]]] = (
-    ("Losses over tokens", "Each objective, unweighted.", losses_over_tokens),
+    ("Losses over tokens", "Each objective, unweighted; those of tokens in nats per target.", losses_over_tokens),
     ("Losses over seconds", "The same against the clock, what came before a resume included.", losses_over_seconds),
-    ("Held-out bits per byte", "Lower is better; lines are general compressors on all held-out text.", bits_per_byte),
-    ("Expert load", "Share of a layer's tokens over the whole run; white is balanced.", expert_load),
+    (
+        "Held-out bits per byte",
+        "Lower is better; all but the last point of the run are on part of the text.",
+        bits_per_byte,
+    ),
+    (
+        "Expert load",
+        "Share of a layer's tokens over the whole run; white is balanced; MTP is last.",
+        expert_load,
+    ),
     ("Load violation", "MaxVio, (max - mean) / mean of a step's load, mean over layers.", violation),
+    (
+        "Load violation by layer",
+        "Each layer of that mean; a cell of a map is the largest of its steps.",
+        violation_by_layer,
+    ),
     ("Expert bias", "The largest absolute bias of any expert after the step.", expert_bias),
+    ("Expert bias by layer", "The largest of each layer; a cell of a map is the largest of its steps.", bias_by_layer),
     ("Learning rate", "As set for each step.", learning_rate),
     ("Gradient norm", "Before clipping.", gradient_norm),
     ("Parameters", "Weights by part, all experts counted.", parameter_parts),
-    ("Operations", "Floating-point operations of forward and backward for one token, by part.", flop_parts),
+    ("Operations", "Of forward and backward for one token of the main model, by part.", flop_parts),
 )
 """Every picture in order: its title, what it shows, and what draws it."""

@@ -24,9 +24,17 @@ def settle() -> None:
 
 def versions() -> dict[str, str]:
     """Return what the numbers of a run depend on."""
+    from importlib import metadata
+
     import torch
 
-    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    return {
+        "tangram": metadata.version("tangram-lm"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def peak_rss() -> int:

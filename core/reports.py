@@ -109,6 +109,13 @@ class RunRecord:
         """Return a quantity of the evaluations over another."""
         return _trace(self.evaluations, over, name)
 
+    def by_layer(self, name: str, over: str = "tokens") -> dict[int, Trace]:
+        """Return a quantity that the steps report layer by layer, such as `violation`, over another."""
+        columns = {column: None for row in self.steps for column in row}
+        names = (column.removeprefix(f"{name}.") for column in columns if column.startswith(f"{name}."))
+        layers = sorted(int(layer) for layer in names if layer.isdecimal())
+        return {layer: self.trace(f"{name}.{layer}", over) for layer in layers}
+
     def setting(self, path: str) -> Scalar:
         """Return the value of a leaf of the preset; None where there is no such leaf."""
         return next((setting.value for setting in self.settings if setting.path == path), None)
@@ -130,19 +137,19 @@ def number(value: object) -> float | None:
 def read_run(directory: str | Path, plugins: Sequence[str | Path] = ()) -> RunRecord:
     """Read a run directory, finished or not. Files that are missing or damaged leave gaps, not errors.
 
+    Args:
+        directory: The run directory.
+        plugins: Plugin files to load; those that a run names are not loaded on its word.
+
     Raises:
+        ForeignCodeError: The run needs plugin files that are not in `plugins`.
         ReportError: It is no run directory.
         ConfigError: Its experiment.yaml cannot be read.
     """
     directory = Path(directory)
     preset = directory / "experiment.yaml"
     if not preset.is_file():
-    Args:
-        directory: The run directory.
-        plugins: Plugin files to load; those that a run names are not loaded on its word.
-
         raise ReportError(f"{directory} is no run directory: it has no experiment.yaml")
-        ForeignCodeError: The run needs plugin files that are not in `plugins`.
     gaps: list[str] = []
     files = {name: _object(directory / f"{name}.json", gaps) for name in ("about", "origins", "load", "verdict")}
     about, verdict = files["about"], files["verdict"]
