@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from tangram.core.cli_interchange import export, import_
 from tangram.core.cli_runs import evaluate, report
@@ -35,10 +35,20 @@ if TYPE_CHECKING:
     from tangram.core.plugins import Plugins
     from tangram.core.presets import Resolved
 
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("tangram-lm")
+
+
 app = App(
     name="tangram",
     help="DeepSeek-V3 as a composition of swappable pieces: compose, train, ablate.",
+    help_format="plaintext",  # as markdown, <name> would vanish, and its parser takes a quarter of the time
+    version=_version,
     version_flags=["--version"],
+    default_parameter=Parameter(negative="", show_default=False),
 )
 
 app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
@@ -83,6 +93,7 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
     rows = [(e.mark.slot, e.mark.use, summary(e.config), paper(e.config), e.origin) for e in entries]
     table(("slot", "use", "what it does", "paper", "origin"), rows)
     if presets:
+        say("")
         table(("preset", "file"), [(name, str(path)) for name, path in presets.items()])
     for broken in plugins.broken:
         say(f"broken: {broken}")
@@ -101,23 +112,31 @@ def describe(
         what: A slot, or a preset's name or file.
         use: The component's name, if `what` is a slot.
     """
+    from tangram.core.config import suggest
     from tangram.core.contracts import SLOTS
 
-    if what in SLOTS and use is not None:
+    if what in SLOTS:
         return _describe_component(what, use, json_, plugin)
+    if use is not None and "=" not in use:
+        return refuse(f"there is no slot '{what}'{suggest(what, SLOTS)}")
+    slots = [entry.mark.slot for entry in _plugins(plugin).registry if entry.mark.use == what]
+    if slots:
+        return refuse(f"'{what}' is a component: tangram describe {slots[0]} {what}")
     changes = overrides if use is None else (use, *overrides)
     return _describe_preset(what, changes, json_, plugin)
 
 
-def _describe_component(slot: str, use: str, json_: bool, plugin: Sequence[Path]) -> int:
+def _describe_component(slot: str, use: str | None, json_: bool, plugin: Sequence[Path]) -> int:
     from tangram.core.config import suggest
     from tangram.core.schema import fields, paper, summary
 
     registry = _plugins(plugin).registry
+    known = registry.uses(slot)
+    if use is None:
+        return refuse(f"say which {slot}: {', '.join(known)}")
     entry = registry.get(slot, use)
     if entry is None:
-        known = registry.uses(slot)
-        return refuse(f"there is no {slot} '{use}'{suggest(use, known)}; known: {', '.join(known)}")
+        return refuse(f"there is no {slot} '{use}'{suggest(use, known)}")
     described = fields(entry.config)
     if json_:
         rows = [{"name": f.name, "type": f.type, "default": f.default, "doc": f.doc} for f in described]
@@ -332,6 +351,8 @@ def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
     return OK
 
 
+app.command(evaluate)
+app.command(report)
 app.command(export)
 app.command(import_, name="import")
 app.command(ablate)
@@ -352,8 +373,6 @@ def _resolve(preset: str, overrides: Sequence[str], files: Sequence[Path]) -> "R
 def _building(resolved: "Resolved", build: Callable[[], _T]) -> _T:
     """Call `build`; say where in the preset stands what a component found wrong."""
     from tangram.core.config import ConfigError, Problem
-app.command(evaluate)
-app.command(report)
     from tangram.core.context import BuildError
 
     try:

@@ -13,6 +13,12 @@ OK, FAILED, USAGE, BROKEN, STOPPED, KILLED = 0, 1, 2, 3, 75, 130
 """Exit codes: all went well; the run failed; usage or config; a plugin that is named does not load; a run stopped and
 saved on request; Ctrl-C with nothing saved."""
 
+_WORD = 17
+"""Letters of a word that a table does not break: those of `arXiv:2412.19437,`."""
+
+_WIDE = 1000
+"""Letters of the longest line that a table has where there is no terminal."""
+
 
 def say(text: str) -> None:
     """Print a line at once."""
@@ -20,15 +26,22 @@ def say(text: str) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table."""
+    """Print a table: as wide as the terminal, and elsewhere with a line for each row, for `grep`."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
+    console = Console(highlight=False, markup=False, emoji=False)
+    cells = list(rows)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name, *column in zip(header, *cells, strict=True):
+        longest = max(len(word) for cell in (name, *column) for word in cell.split() or [""])
+        drawn.add_column(name, overflow="fold", min_width=min(longest, _WORD))
+    for row in cells:
         drawn.add_row(*row)
-    Console(highlight=False, markup=False).print(drawn)
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(drawn, options=console.options.update(width=_WIDE)).maximum)
+    console.print(drawn)
 
 
 def as_json(value: Mapping[str, object]) -> int:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,35 @@ def test_describe_a_component_shows_every_field_with_its_meaning(shell: Shell) -
         "doc": "Width of the query latent; null makes queries directly.",
     }
     assert shell("describe", "attention", "mla")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["mla"], "'mla' is a component: tangram describe attention mla"),
+        (["atention", "mla"], "there is no slot 'atention', did you mean 'attention'?"),
+        (["attention"], "say which attention: gqa, mla"),
+        (["attention", "mlaa"], "there is no attention 'mlaa', did you mean 'mla'?"),
+        (["attention", "xyz"], "there is no attention 'xyz' (known: gqa, mla)"),
+    ],
+)
+def test_describe_leads_to_the_component_that_was_meant(shell: Shell, arguments: list[str], answer: str) -> None:
+    assert shell("describe", *arguments) == (2, "", answer + "\n")
+
+
+def test_a_table_that_no_terminal_shows_has_a_line_for_each_row(shell: Shell) -> None:
+    listed = json.loads(shell("list", "--json")[1])["components"]
+    lines = shell("list")[1].splitlines()
+    for row in listed:
+        words = [row["slot"], row["use"], *row["summary"].split(), *row["paper"].split(), row["origin"]]
+        assert any(line.split() == words for line in lines), row
+
+
+def test_help_shows_what_stands_in_angle_brackets_and_no_option_that_undoes_nothing(shell: Shell) -> None:
+    out = shell("train", "--help")[1]
+    assert "runs/<name>-<hash>" in out
+    assert "--no-resume" not in out
+    assert shell("--version")[1].strip() == metadata.version("tangram-lm")
 
 
 def test_describe_a_preset_counts_it(shell: Shell) -> None:
@@ -260,7 +290,7 @@ def test_help_and_usage_errors_import_no_torch() -> None:
         code = (
             "import sys\nfrom tangram.core.cli import main\n"
             f"try: main({arguments!r})\nexcept SystemExit: pass\n"
-            "assert 'torch' not in sys.modules"
+            "assert not {'torch', 'markdown_it'} & set(sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
