@@ -3,6 +3,7 @@
 The same record gives the same bytes.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -11,23 +12,38 @@ from tangram.core.drawing import COLOURS, DASHES, drawing, plain_thousands, thin
 from tangram.core.reports import RunRecord, Trace, number
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
     from tangram.core.measure import Measures
 
+LINES = 7
+"""Most layers that are drawn as lines; more are drawn as a map."""
 
-def _lines(axes: "Axes", traces: Mapping[str, Trace], x: str, y: str) -> None:
-    """Draw one line a trace, told apart by colour and dash."""
+COLUMNS = 240
+"""Most columns of a map."""
+
+
+def _lines(axes: "Axes", traces: Mapping[str, Trace], x: str, y: str, above: bool = False) -> None:
+    """Draw one line a trace, told apart by colour and dash; many have their legend above them."""
     looks = zip(cycle(COLOURS), cycle(DASHES), strict=False)
-    handles = []
+    handles: list[Artist] = []
     for trace, (colour, dash) in zip(map(thinned, traces.values()), looks, strict=False):
         mark = "o" if len(trace.x) < 3 else ""
         handles += axes.plot(trace.x, trace.y, color=colour, linestyle=dash, marker=mark, markersize=3)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     plain_thousands(axes)
-    if len(traces) > 1:
-        axes.legend(handles, list(traces), fontsize=9, frameon=False)
+    if above:
+        figure = axes.get_figure()
+        assert figure is not None
+        figure.legend(handles, list(traces), fontsize=9, frameon=False, ncols=4, loc="outside upper center")
+    elif len(traces) > 1:
+        _legend(axes, handles, list(traces))
+
+
+def _legend(axes: "Axes", handles: "Sequence[Artist]", names: Sequence[str]) -> None:
+    axes.legend(handles, names, fontsize=9, framealpha=0.8, edgecolor="none")  # readable above crowded lines
 
 
 def _losses(run: RunRecord, over: str, key: str, x: str) -> str | None:
@@ -36,7 +52,7 @@ def _losses(run: RunRecord, over: str, key: str, x: str) -> str | None:
     if not traces:
         return None
     with drawing(key) as (axes, drawn):
-        _lines(axes, traces, x, "loss (nats)")
+        _lines(axes, traces, x, "loss")
     return drawn[0]
 
 
@@ -56,17 +72,33 @@ def bits_per_byte(run: RunRecord) -> str | None:
     if not trace.x:
         return None
     with drawing("bits") as (axes, drawn):
+        highest = max(*trace.y, *run.references.values(), 0)
         (line,) = axes.plot(trace.x, trace.y, color=COLOURS[0], marker="o", markersize=4)
-        handles, names = [line], ["this run"]
+        handles: list[Artist] = [line]
+        names = ["this run"]
         for (name, bits), colour, dash in zip(run.references.items(), cycle(COLOURS[1:]), cycle(DASHES[1:])):
             handles.append(axes.axhline(bits, color=colour, linestyle=dash))
             names.append(f"{name} ({bits:.2f})")
+        for (name, (tokens, bits)), mark in zip(_averaged(run).items(), cycle("DsP^")):
+            handles += axes.plot(tokens, bits, color=COLOURS[6], marker=mark, markersize=6, linestyle="")
+            names.append(f"averaged by {name} ({bits:.2f})")
+            highest = max(highest, bits)
         axes.set_xlabel("tokens")
         axes.set_ylabel("bits per byte")
-        axes.set_ylim(0, 1.08 * max(*trace.y, *run.references.values(), 0))
+        axes.set_ylim(0, 1.08 * highest)
         plain_thousands(axes)
-        axes.legend(handles, names, fontsize=9, frameon=False)
+        _legend(axes, handles, names)
     return drawn[0]
+
+
+def _averaged(run: RunRecord) -> dict[str, tuple[float, float]]:
+    """Return tokens and bits per byte of each average of the weights."""
+    points = {}
+    for name, row in run.averaged.items():
+        tokens, bits = number(row.get("tokens")), number(row.get("eval.bits_per_byte"))
+        if tokens is not None and bits is not None:
+            points[name] = (tokens, bits)
+    return points
 
 
 def expert_load(run: RunRecord) -> str | None:
@@ -79,18 +111,14 @@ def expert_load(run: RunRecord) -> str | None:
         [count * len(counts) / sum(counts) for count in counts] + [float("nan")] * (widest - len(counts))
         for counts in rows.values()
     ]
-    with drawing("load", height=min(1.6 + 0.22 * len(rows), 6.0)) as (axes, drawn):
-        from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
+    with drawing("load", height=_map_height(len(rows))) as (axes, drawn):
+        from matplotlib.ticker import MaxNLocator
 
-        axes.grid(visible=False)
         # White is balanced; below 0 there is nothing, and twice the fair share is full colour.
         image = axes.imshow(shares, cmap="PuOr_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-        every = -(-len(rows) // 16)
-        axes.yaxis.set_major_locator(FixedLocator(list(range(0, len(rows), every))))
-        axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in list(rows)[::every]]))
+        _layer_axis(axes, list(rows))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("expert")
-        axes.set_ylabel("layer")
         axes.figure.colorbar(image, ax=axes, extend="max", label="share, 1 is fair")
     return drawn[0]
 
@@ -103,7 +131,7 @@ def _single(run: RunRecord, column: str, label: str, log: bool = False, limit: f
         _lines(axes, {column: trace}, "tokens", label)
         if limit is not None:
             line = axes.axhline(limit, color=COLOURS[1], linestyle="--")
-            axes.legend([line], [f"clipped above {limit:g}"], fontsize=9, frameon=False)
+            _legend(axes, [line], [f"clipped above {limit:g}"])
         if log and min(trace.y) > 0:
             _log_scale(axes)
         elif min(trace.y) >= 0:
@@ -115,9 +143,69 @@ def _log_scale(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _by_layer(run: RunRecord, column: str, label: str) -> str | None:
+    """Draw a quantity of every layer: a line each, or a map of layers and steps where there are many."""
+    traces = {layer: trace for layer, trace in run.by_layer(column, "step").items() if trace.x}
+    if not traces:
+        return None
+    if len(traces) > LINES:
+        return _layer_map(f"{column}-layers", traces, label)
+    with drawing(f"{column}-layers") as (axes, drawn):
+        _lines(axes, {f"layer {layer}": trace for layer, trace in traces.items()}, "step", label, above=True)
+        if all(min(trace.y) >= 0 for trace in traces.values()):
+            axes.set_ylim(bottom=0)
+    return drawn[0]
+
+
+def _layer_map(key: str, traces: Mapping[int, Trace], label: str) -> str:
+    """Draw layers over steps, each cell the largest value of its stretch of steps."""
+    first, last = _ends(traces)
+    with drawing(key, height=_map_height(len(traces))) as (axes, drawn):
+        extent = (first - 0.5, last + 0.5, len(traces) - 0.5, -0.5)
+        cells = stretches(traces)
+        image = axes.imshow(cells, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest", extent=extent)
+        _layer_axis(axes, list(traces))
+        plain_thousands(axes)
+        axes.set_xlabel("step")
+        axes.figure.colorbar(image, ax=axes, label=label)
+    return drawn[0]
+
+
+def _ends(traces: Mapping[int, Trace]) -> tuple[int, int]:
+    return int(min(trace.x[0] for trace in traces.values())), int(max(trace.x[-1] for trace in traces.values()))
+
+
+def stretches(traces: Mapping[int, Trace]) -> list[list[float]]:
+    """Return a row a trace over steps, cut into at most `COLUMNS` equal stretches: of each the largest, nan of none."""
+    first, last = _ends(traces)
+    n = last - first + 1
+    width = min(n, COLUMNS)
+    cells = [[math.nan] * width for _ in traces]
+    for row, trace in zip(cells, traces.values(), strict=True):
+        for x, y in zip(trace.x, trace.y, strict=True):
+            column = (int(x) - first) * width // n
+            row[column] = y if math.isnan(row[column]) else max(y, row[column])
+    return cells
+
+
+def _map_height(layers: int) -> float:
+    return min(1.6 + 0.22 * layers, 4.0)
+
+
+def _layer_axis(axes: "Axes", layers: Sequence[int]) -> None:
+    """Write the layers, or as many of them as there is room for, beside the rows of a map."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator
+
+    every = -(-len(layers) // 16)
+    axes.grid(visible=False)
+    axes.yaxis.set_major_locator(FixedLocator(list(range(0, len(layers), every))))
+    axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in layers[::every]]))
+    axes.set_ylabel("layer")
 
 
 def violation(run: RunRecord) -> str | None:
@@ -128,6 +216,16 @@ def violation(run: RunRecord) -> str | None:
 def expert_bias(run: RunRecord) -> str | None:
     """Draw the largest expert bias."""
     return _single(run, "bias", "largest expert bias")
+
+
+def violation_by_layer(run: RunRecord) -> str | None:
+    """Draw MaxVio of each layer."""
+    return _by_layer(run, "violation", "load violation")
+
+
+def bias_by_layer(run: RunRecord) -> str | None:
+    """Draw the largest expert bias of each layer."""
+    return _by_layer(run, "bias", "largest expert bias")
 
 
 def learning_rate(run: RunRecord) -> str | None:
@@ -192,15 +290,29 @@ def flops_of(measures: "Measures") -> dict[str, int]:
 
 
 FIGURES: Sequence[tuple[str, str, Callable[[RunRecord], str | None]]] = (
-    ("Losses over tokens", "Each objective, unweighted.", losses_over_tokens),
+    ("Losses over tokens", "Each objective, unweighted; those of tokens in nats per target.", losses_over_tokens),
     ("Losses over seconds", "The same against the clock, what came before a resume included.", losses_over_seconds),
-    ("Held-out bits per byte", "Lower is better; lines are general compressors on all held-out text.", bits_per_byte),
-    ("Expert load", "Share of a layer's tokens over the whole run; white is balanced.", expert_load),
+    (
+        "Held-out bits per byte",
+        "Lower is better; all but the last point of the run are on part of the text.",
+        bits_per_byte,
+    ),
+    (
+        "Expert load",
+        "Share of a layer's tokens over the whole run; white is balanced; MTP is last.",
+        expert_load,
+    ),
     ("Load violation", "MaxVio, (max - mean) / mean of a step's load, mean over layers.", violation),
+    (
+        "Load violation by layer",
+        "Each layer of that mean; a cell of a map is the largest of its steps.",
+        violation_by_layer,
+    ),
     ("Expert bias", "The largest absolute bias of any expert after the step.", expert_bias),
+    ("Expert bias by layer", "The largest of each layer; a cell of a map is the largest of its steps.", bias_by_layer),
     ("Learning rate", "As set for each step.", learning_rate),
     ("Gradient norm", "Before clipping.", gradient_norm),
     ("Parameters", "Weights by part, all experts counted.", parameter_parts),
-    ("Operations", "Floating-point operations of forward and backward for one token, by part.", flop_parts),
+    ("Operations", "Of forward and backward for one token of the main model, by part.", flop_parts),
 )
 """Every picture in order: its title, what it shows, and what draws it."""
