@@ -13,8 +13,8 @@ train: $(READY)  ## Train a small DeepSeek-V3 on the Python standard library
 test: $(READY)  ## Run all tests
 	$(BIN)/python -m pytest -q -n auto
 
-soak: $(READY)  ## Run the long proofs: kills, damaged presets, minutes of properties
-	TANGRAM_PROFILE=soak $(BIN)/python -m pytest -q -n auto -m soak
+soak: $(READY)  ## Run the long proofs: kills, mutated presets, minutes of a trainer that crashes
+	TANGRAM_PROFILE=soak $(BIN)/python -m pytest -v -n auto --dist worksteal --durations=15 -m soak
 
 lint: $(READY) .mypy  ## Check style and types
 	$(BIN)/ruff check .

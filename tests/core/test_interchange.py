@@ -294,12 +294,15 @@ print(resident("VmHWM") - before)
 def growth(call: str, *folders: Path) -> int:
     """Return how many bytes `call` on the last folder needs at its peak, after it has been made on the others."""
     command = [sys.executable, "-c", WATCH.format(call=call), *map(str, folders)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak of memory")
-def test_memory_stays_below_twice_the_largest_shard(tmp_path):
-    """More than 100 MB of weights in shards of 30: whoever holds all of them is found out."""
+@pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_memory_stays_below_twice_the_largest_shard(fp8, tmp_path):
+    """More than 100 MB of weights in shards of 30, as FP8 more than 40 in shards of 20: holding all is found out."""
     big = (
         "model.dim=256",
         "model.vocab_size=16000",
@@ -307,13 +310,16 @@ def test_memory_stays_below_twice_the_largest_shard(tmp_path):
         "model.blocks.1.repeat=2",
         "objectives.mtp=null",
     )
+    shard_bytes = 20_000_000 if fp8 else 30_000_000
     small, large = tmp_path / "small", tmp_path / "large"
     saved(small / "run")
     saved(large / "run", *big)
-    grown = growth('export(folder / "run", folder / "there", shard_bytes=30_000_000)', small, large)
+    call = f'export(folder / "run", folder / "there", shard_bytes={shard_bytes}, fp8={fp8})'
+    grown = growth(call, small, large)
     sizes = [file.stat().st_size for file in (large / "there").glob("*.safetensors")]
-    assert sum(sizes) > 3.5 * max(sizes)
+    assert sum(sizes) > (2.5 if fp8 else 3.5) * max(sizes)
     assert grown < 2 * max(sizes)
     grown = growth('import_model(folder / "there", folder / "back")', small, large)
     assert grown < 2 * max(sizes)
-    assert_equal(state(large / "back"), state(large / "run"))
+    if not fp8:
+        assert_equal(state(large / "back"), state(large / "run"))

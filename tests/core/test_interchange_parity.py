@@ -107,8 +107,8 @@ PEER = {
 }  # fmt: skip
 
 
-def random_peer(**changes: object) -> DeepseekV3ForCausalLM:
-    """Return a model of transformers with weights, biases and norms that are all different."""
+def random_peer(bias: float, **changes: object) -> DeepseekV3ForCausalLM:
+    """Return a model of transformers with weights, norms and biases, around `bias`, that are all different."""
     config = DeepseekV3Config(**{**PEER, **changes})
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(config)
@@ -117,7 +117,7 @@ def random_peer(**changes: object) -> DeepseekV3ForCausalLM:
             if "norm" in name:
                 tensor.copy_(1 + 0.2 * torch.randn(tensor.shape))
             elif name.endswith("bias"):
-                tensor.copy_(0.2 * torch.randn(tensor.shape) - 0.1)
+                tensor.copy_(bias + 0.2 * torch.randn(tensor.shape))
     return model.eval()
 
 
@@ -127,18 +127,20 @@ YARN = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("bias", [0.0, NEGATIVE])
 @pytest.mark.parametrize(
     ("changes", "dtype", "shard"),
     [
         ({}, torch.float32, "1GB"),
         ({"rope_parameters": YARN}, torch.float32, "20KB"),
+        ({"rope_parameters": YARN, "q_lora_rank": None}, torch.float32, "1GB"),
         ({"q_lora_rank": None, "n_shared_experts": 2, "norm_topk_prob": False}, torch.bfloat16, "1GB"),
         ({"first_k_dense_replace": 0, "routed_scaling_factor": 1.0}, torch.float16, "20KB"),
     ],
 )
-def test_what_transformers_wrote_is_imported_exactly(changes, dtype, shard, tmp_path):
+def test_what_transformers_wrote_is_imported_exactly(changes, dtype, shard, bias, tmp_path):
     """`save_pretrained` leaves the one MTP layer in the config that it does not write: we import none."""
-    random_peer(**changes).to(dtype).save_pretrained(tmp_path / "there", max_shard_size=shard)
+    random_peer(bias, **changes).to(dtype).save_pretrained(tmp_path / "there", max_shard_size=shard)
     assert (len(list((tmp_path / "there").glob("*.safetensors"))) > 1) == (shard == "20KB")
     assert import_model(tmp_path / "there", tmp_path / "run").depth == 0
     ours = load_run(tmp_path / "run").model

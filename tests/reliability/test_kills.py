@@ -2,13 +2,16 @@
 
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import ended, essence, training, write_preset
+from runs import FATE, ended, essence, training, write_preset
+
+from tangram.core.cli import main
 
 STEPS = 40
-SHORT = (f"train.tokens={STEPS * 4 * 12}", "train.checkpoint_every=5")
+SHORT = (f"train.tokens={STEPS * 4 * 12}", "train.micro_sequences=2", "train.checkpoint_every=5")
 V3_TINY = (
     f"train.tokens={STEPS * 2 * 64}",
     "train={sequence_length: 64, micro_sequences: 1, batch_sequences: 2}",
@@ -17,14 +20,21 @@ V3_TINY = (
     "data={use: synthetic}",
     "observers={console: null, fate: {use: fate}}",
 )
+ROLLS_BACK = "guard={use: rollback, window: 5, spike: 1.5, limit: 99}"
+"""One deviation and a half is a spike: there are rollbacks all along, and a kill may come in the middle of one."""
+
+TEXT = "data={use: text, corpus: files, files: [TEXTS], held_out_every: 4}"
 SWAPPED = {
-    "muon": "optimizer={use: muon}",
-    "bfloat16 moments": "optimizer.moments=bfloat16",
-    "skip": "guard={use: skip}",
-    "rollback": "guard={use: rollback, window: 5}",
-    "another decay": "observers.ema.decay=0.5",
-    "float64": "precision.compute=float64",
+    "muon": ("optimizer={use: muon}",),
+    "bfloat16 moments": ("optimizer.moments=bfloat16",),
+    "guard skip": ("guard={use: skip}",),
+    "guard rollback": (ROLLS_BACK,),
+    "ema": ("observers.ema.decay=0.5",),
+    "no ema": ("observers.ema=null",),
+    "text": (TEXT, "model.vocab_size=300"),
+    "tokens": ("data={use: tokens, folder: TOKENS}", "model.vocab_size=300"),
 }
+"""Whatever keeps state, or tells batches by it, in place of what `SHORT` has: adamw in float32, synthetic data."""
 
 
 def fates(count: int, seed: int, seconds: float) -> list[str]:
@@ -85,11 +95,33 @@ def test_v3_tiny_killed_and_resumed(fate: str, tmp_path: Path, v3_tiny: Path) ->
     survives("v3-tiny", V3_TINY, v3_tiny, tmp_path / "run", fate)
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Yield where there is text, and where its tokens are."""
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"document {i} says {'this and that ' * (1 + i % 5)}\n" * 2)
+    places = {"TEXTS": f"'{folder}/*.txt'", "TOKENS": str(folder / "tokens")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        text = write_preset(folder / "text.yaml", *placed(SWAPPED["text"], places))
+        with pytest.raises(SystemExit) as exited:
+            main(["tokenize", str(text), places["TOKENS"], "--plugin", str(FATE)])
+        assert not exited.value.code
+        yield places
+
+
+def placed(overrides: tuple[str, ...], places: dict[str, str]) -> tuple[str, ...]:
+    return tuple(text.replace("TEXTS", places["TEXTS"]).replace("TOKENS", places["TOKENS"]) for text in overrides)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("swapped", SWAPPED)
-def test_every_stateful_component_killed_and_resumed(swapped: str, tmp_path: Path) -> None:
-    preset = write_preset(tmp_path / "short.yaml", *SHORT, SWAPPED[swapped])
+def test_every_stateful_component_killed_and_resumed(swapped: str, tmp_path: Path, texts: dict[str, str]) -> None:
+    preset = write_preset(tmp_path / "short.yaml", *SHORT, *placed(SWAPPED[swapped], texts))
     code, said = ended(training(preset, tmp_path / "whole"))
     assert code == 0, said
+    rollbacks = (tmp_path / "whole/metrics.jsonl").read_text().count('"rollback"')
+    assert (rollbacks >= 3) == (swapped == "guard rollback")
     for i, fate in enumerate(fates(5, seed=2, seconds=1.0)):
         survives(preset, (), tmp_path / "whole", tmp_path / f"run-{i}", fate)

@@ -155,23 +155,18 @@ IN_CI, IN_ALL, CHUNK = 600, 10_000, 200
 PROCESSES_IN_CI, PROCESSES_IN_ALL = 10, 200
 
 
-def chunks(in_ci: int, in_all: int, size: int) -> list[object]:
-    """Return the first seed of each chunk; those past `in_ci` are for the soak."""
-    return [pytest.param(n, marks=[pytest.mark.soak] if n >= in_ci else []) for n in range(0, in_all, size)]
-
-
 def placed(problem: Problem, files: set[str]) -> bool:
     """Whether a problem names one of `files` and a line of it; a file that is too large was never read."""
     at = problem.origin
     return at is not None and at.file in files and (at.line is not None or problem.text.startswith("is larger than"))
 
 
-@pytest.mark.parametrize("first", chunks(IN_CI, IN_ALL, CHUNK))
-def test_a_mutated_preset_resolves_or_is_told_what_is_wrong_and_where(first: int, tmp_path: Path) -> None:
+def resolves_or_tells(seeds: range, tmp_path: Path) -> None:
+    """Check that each mutant is built without weights, or told what is wrong and where, in time."""
     path = tmp_path / "mutant.yaml"
     files = {show_path(Path(file)) for file in (path, *available(PLUGINS).values())}
     faults = []
-    for seed in range(first, first + CHUNK):
+    for seed in seeds:
         path.write_bytes(mutant(seed))
         began = time.process_time()
         try:
@@ -185,6 +180,17 @@ def test_a_mutated_preset_resolves_or_is_told_what_is_wrong_and_where(first: int
         if (took := time.process_time() - began) > SLOWEST:
             faults.append(f"{seed}: took {took:.1f} s")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("first", range(0, IN_CI, CHUNK))
+def test_a_mutated_preset_resolves_or_is_told_what_is_wrong_and_where(first: int, tmp_path: Path) -> None:
+    resolves_or_tells(range(first, first + CHUNK), tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("first", range(0, IN_ALL, CHUNK))
+def test_ten_thousand_mutated_presets_resolve_or_are_told_what_is_wrong_and_where(first: int, tmp_path: Path) -> None:
+    resolves_or_tells(range(first, first + CHUNK), tmp_path)
 
 
 def test_the_mutants_reach_every_stage_of_reading(tmp_path: Path) -> None:
@@ -229,11 +235,20 @@ def test_a_preset_as_large_as_may_be_is_answered_in_time(kind: str, tmp_path: Pa
     assert all(text.startswith(str(tmp_path / "large.yaml")) for text in told)
 
 
-@pytest.mark.parametrize("first", chunks(PROCESSES_IN_CI, PROCESSES_IN_ALL, PROCESSES_IN_CI))
-def test_the_command_exits_with_0_or_2_and_never_with_a_traceback(first: int, tmp_path: Path) -> None:
-    seeds = range(first, first + PROCESSES_IN_CI)
+def exits_with_0_or_2(seeds: range, tmp_path: Path) -> None:
+    """Check that `tangram check` answers each mutant without a traceback."""
     for seed in seeds:
         (tmp_path / f"{seed}.yaml").write_bytes(mutant(seed))
     commands = {f"{seed}": ["check", f"{seed}.yaml"] for seed in seeds}
     for seed, (code, said) in answers(commands, tmp_path, os.environ).items():
         assert code in (0, 2) and said and "Traceback" not in said, (seed, code, said)
+
+
+def test_the_command_exits_with_0_or_2_and_never_with_a_traceback(tmp_path: Path) -> None:
+    exits_with_0_or_2(range(PROCESSES_IN_CI), tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("first", range(0, PROCESSES_IN_ALL, 20))
+def test_two_hundred_commands_exit_with_0_or_2_and_never_with_a_traceback(first: int, tmp_path: Path) -> None:
+    exits_with_0_or_2(range(first, first + 20), tmp_path)

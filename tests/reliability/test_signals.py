@@ -15,18 +15,26 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_preset(tmp_path_factory.mktemp("preset") / "short.yaml", f"train.tokens={STEPS * 48}")
 
 
-def test_asked_to_stop_a_run_saves_and_goes_on_as_if_nothing_was(preset: Path, tmp_path: Path) -> None:
-    whole = training(preset, tmp_path / "whole")
-    stopped = training(preset, tmp_path / "run", ends="term:3")
-    assert ended(whole)[0] == 0
-    code, said = ended(stopped)
+@pytest.fixture(scope="module")
+def whole(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    code, said = ended(training(preset, out))
+    assert code == 0, said
+    return essence(out, STEPS)
+
+
+@pytest.mark.parametrize(("fate", "name"), [("term:3", "SIGTERM"), ("int:3", "SIGINT")])
+def test_asked_to_stop_a_run_saves_and_goes_on_as_if_nothing_was(
+    fate: str, name: str, preset: Path, whole: dict[str, object], tmp_path: Path
+) -> None:
+    code, said = ended(training(preset, tmp_path / "run", ends=fate))
     assert code == 75, said
-    assert "stopped by SIGTERM after step 3, now saved; --resume goes on" in said
+    assert f"stopped by {name} after step 3, now saved; --resume goes on" in said
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-3"]
     code, said = ended(training(preset, tmp_path / "run", "--resume"))
     assert code == 0, said
     assert f"resuming from {tmp_path / 'run/checkpoints/step-3'}, the newest checkpoint that is whole" in said
-    assert essence(tmp_path / "run", STEPS) == essence(tmp_path / "whole", STEPS)
+    assert essence(tmp_path / "run", STEPS) == whole
 
 
 def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(preset: Path, tmp_path: Path) -> None:

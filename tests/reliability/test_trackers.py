@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import assault
+import offline
 import pytest
 from forks import answers
 from tiny import SMALL
@@ -62,12 +64,10 @@ def test_killed_blocked_or_full_it_changes_no_number_and_the_run_ends(attacked: 
 
 
 def test_offline_no_process_of_the_run_connects_to_anything_but_its_own_machine(tmp_path: Path) -> None:
-    """Seen from the calls where strace is allowed; else the run must at least do without any network."""
+    """Seen from the calls where there is strace; else the run must do with an empty network, or without a socket."""
     traced = ["strace", "-f", "-qq", "-e", "trace=connect,sendto", "-o", "calls"]
-    apart = ["unshare", "-rn"]
-    way = next((way for way in (traced, apart) if works([*way, "true"], tmp_path)), None)
-    if way is None:
-        pytest.skip("neither strace nor unshare -rn is allowed here")
+    ways = (traced, ["unshare", "-rn"], [sys.executable, offline.__file__])
+    way = next(way for way in ways if works([*way, "true"], tmp_path))
     command = [*way, sys.executable, "-m", "tangram.core.cli", *RUN, "observers.wandb={}", "--out", "run"]
     done = subprocess.run(
         command,
@@ -84,6 +84,18 @@ def test_offline_no_process_of_the_run_connects_to_anything_but_its_own_machine(
     if way is traced:
         outward = re.compile(r"sa_family=AF_INET6?, (?!.*(\"127\.|\"::1\"))")
         assert not [line for line in (tmp_path / "calls").read_text().splitlines() if outward.search(line)]
+
+
+@pytest.mark.parametrize("way", [["unshare", "-rn"], [sys.executable, offline.__file__]])
+def test_where_there_is_no_network_none_is_reached(way: list[str], tmp_path: Path) -> None:
+    """Else the test above would be content with anything, where there is no strace."""
+    if not works([*way, "true"], tmp_path):
+        pytest.skip(f"{way} is not allowed here")
+    reach = "import socket; socket.create_connection(('127.0.0.1', {}), timeout=5)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command = [sys.executable, "-c", reach.format(server.getsockname()[1])]
+        assert works(command, tmp_path)
+        assert not works([*way, *command], tmp_path)
 
 
 def works(command: list[str], folder: Path) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from attrs import frozen
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from runs import essence
 from tiny import tiny
 
@@ -182,7 +182,8 @@ TestTrainer.settings = settings(max_examples=4, stateful_step_count=6)
 
 
 @pytest.mark.soak
-class TestTrainerForLong(TrainerMachine.TestCase):
-    """The same for minutes."""
-
-    settings = settings(max_examples=150, stateful_step_count=20)
+@pytest.mark.parametrize("part", range(4))
+def test_the_trainer_for_long(part: int) -> None:
+    """The same for minutes, every time and in every part from another seed."""
+    long = settings(max_examples=10, stateful_step_count=20, derandomize=False)
+    run_state_machine_as_test(TrainerMachine, settings=long)

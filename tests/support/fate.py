@@ -6,6 +6,7 @@ TANGRAM_FATE is empty, or one of
     rename:N    SIGKILL before the Nth checkpoint is put into its place
     timer:S     killed S seconds after the run began, wherever it is
     term:N      SIGTERM to itself after step N
+    int:N       Ctrl-C once after step N
     twice:N     Ctrl-C twice after step N
     late        SIGTERM to itself while the last evaluation is told
 """
@@ -53,7 +54,12 @@ class Fate:
     def tangram_step_ended(self, report: StepReport) -> None:
         if report.after.step != self.when:
             return
-        signals = {"step": [signal.SIGKILL], "term": [signal.SIGTERM], "twice": [signal.SIGINT, signal.SIGINT]}
+        signals = {
+            "step": [signal.SIGKILL],
+            "term": [signal.SIGTERM],
+            "int": [signal.SIGINT],
+            "twice": [signal.SIGINT, signal.SIGINT],
+        }
         for number in signals.get(self.kind, []):
             os.kill(os.getpid(), number)
 

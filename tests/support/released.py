@@ -19,6 +19,9 @@ CASES = {
     "as it is": (),
     "queries not compressed": ("model.block.attention.q_rank=null",),
     "yarn": ("model.block.attention.yarn={factor: 4.0, original_length: 8, mscale: 0.7, beta_fast: 4.0}",),
+    "yarn, queries not compressed": (
+        "model.block.attention={q_rank: null, yarn: {factor: 4.0, original_length: 8, mscale: 0.7, beta_fast: 4.0}}",
+    ),
     "two dense, one group, two shared": (
         "model.blocks.0.repeat=2",
         "model.block.feedforward={n_shared: 2, router: {n_groups: 1, top_groups: 1, gate_scale: 1.0}}",
