@@ -31,19 +31,37 @@ def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False, plugin: Fi
 
 
 def report(run: Path, /, *, json_: Json = False, plugin: Files = ()) -> int:
-    """Write the report of a run, finished or not, into its directory as report.html.
+    """Write the report of a run or of a study, finished or not, into its directory as report.html.
 
     Args:
-        run: The run directory.
+        run: The run's or the study's directory.
     """
     from tangram.core.pages import summary, write_report
     from tangram.core.reports import ReportError, read_run
+    from tangram.core.study_record import PLAN
 
+    if (run / PLAN).is_file():
+        return _report_study(run, json_)
     try:
         path = write_report(run, plugin)
     except ReportError as error:
         return refuse(str(error))
     if json_:
         return as_json({"report": str(path)} | summary(read_run(run, plugin)))
+    say(str(path))
+    return OK
+
+
+def _report_study(directory: Path, json_: bool) -> int:
+    from tangram.core.reports import ReportError
+    from tangram.core.study_record import read_study_record
+    from tangram.core.study_report import results, write_study_report
+
+    try:
+        path = write_study_report(directory)
+    except ReportError as error:
+        return refuse(str(error))
+    if json_:
+        return as_json({"report": str(path)} | results(read_study_record(directory)))
     say(str(path))
     return OK

@@ -16,6 +16,7 @@ from tangram.core.context import BuildError
 from tangram.core.curve import Curve
 from tangram.core.experiment import Experiment
 from tangram.core.measure import Measures, measure
+from tangram.core.pace import Pace
 from tangram.core.study import Study, Variant
 
 MOST = 0.02
@@ -67,12 +68,12 @@ class Matched:
     residuals: Mapping[str, float]
 
 
-def matched(study: Study, speed: Callable[[Variant], float]) -> Matched:
+def matched(study: Study, trial: Callable[[Variant], Pace | None]) -> Matched:
     """Return the study with its variants made equal in what it names.
 
     Args:
         study: The study as written.
-        speed: Measures how many tokens a second a variant trains here; asked only where time is matched.
+        trial: Measures how fast a variant trains here; asked only where time is matched.
 
     Raises:
         ConfigError: A residual is over `MOST`, or two variants have become one.
@@ -87,8 +88,11 @@ def matched(study: Study, speed: Callable[[Variant], float]) -> Matched:
         variants = [_as_many_flops(study, variant) for variant in study.variants[1:]]
         statement = "Equal training operations of the main model, by the tokens of each variant."
     elif match.on == "time":
-        pace = speed(base)
-        variants = [_lasting(study, variant, speed(variant) / pace) for variant in study.variants[1:]]
+        paces = [_tried(trial, variant) for variant in study.variants]
+        variants = [
+            _lasting(study, variant, pace / paces[0])
+            for variant, pace in zip(study.variants[1:], paces[1:], strict=True)
+        ]
         statement = "Equal time, by the tokens of each variant: as many more as it was faster in a trial."
     else:
         variants = list(study.variants[1:])
@@ -219,6 +223,14 @@ def _near(off: Callable[[int], int | None], wanted: int, low: int, high: int) ->
 
 
 # --- tokens -------------------------------------------------------------------------------------------------
+
+
+def _tried(trial: Callable[[Variant], Pace | None], variant: Variant) -> float:
+    found = trial(variant)
+    if found is None:
+        text = f"'{variant.name}' is too large to try on this machine; match tokens, flops or parameters"
+        raise ConfigError([Problem(_origin(variant), "match", text)])
+    return found.tokens_per_second
 
 
 def _as_many_flops(study: Study, variant: Variant) -> Variant:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from tangram.core.config import ConfigError, Node, Plain, Scalar, load
 from tangram.core.liveness import Piece
@@ -146,6 +146,18 @@ def read_run(directory: str | Path, plugins: Sequence[str | Path] = ()) -> RunRe
         ReportError: It is no run directory.
         ConfigError: Its experiment.yaml cannot be read.
     """
+    run = read_files(directory)
+    gaps = list(run.gaps)
+    return evolve(run, measures=_measured(Path(directory) / "experiment.yaml", plugins, gaps), gaps=tuple(gaps))
+
+
+def read_files(directory: str | Path) -> RunRecord:
+    """Read a run directory as `read_run` does, but build no model and import no plugin.
+
+    Raises:
+        ReportError: It is no run directory.
+        ConfigError: Its experiment.yaml cannot be read.
+    """
     directory = Path(directory)
     preset = directory / "experiment.yaml"
     if not preset.is_file():
@@ -172,7 +184,6 @@ def read_run(directory: str | Path, plugins: Sequence[str | Path] = ()) -> RunRe
         data=str(about.get("data", "")),
         references=_numbers(_map(held_out.get("references"))),
         held_out_bytes=int(number(held_out.get("bytes")) or 0),
-        measures=_measured(preset, plugins, gaps),
         gaps=tuple(gaps),
     )
 

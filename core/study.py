@@ -22,6 +22,8 @@ BASE = "base"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """What a study and an entry of an axis may be called: names of files, and words of a table."""
 
+_GROUP = re.compile(r"model\.blocks\.\d+\.")
+
 Better: TypeAlias = Literal["lower", "higher"]
 
 
@@ -124,8 +126,19 @@ class Study:
         return _variant(variant.name, (*variant.patches, patch), self.asked, self.file, self.plugins)
 
     def differences(self) -> dict[str, dict[str, tuple[Scalar, Scalar]]]:
-        """Return for every variant but the base the leaves that differ, as they are in the base and in it."""
-        return {variant.name: difference(self.base.experiment, variant.experiment) for variant in self.variants[1:]}
+        """Return for every variant but the base the leaves that differ, as they are in the base and in it.
+
+        What a group of blocks has from `model.block` is said there alone.
+        """
+        found = {}
+        for variant in self.variants[1:]:
+            changes = difference(self.base.experiment, variant.experiment)
+            found[variant.name] = {
+                path: pair
+                for path, pair in changes.items()
+                if not (group := _GROUP.match(path)) or changes.get(f"model.block.{path[group.end() :]}") != pair
+            }
+        return found
 
     def refuse_equals(self) -> None:
         """Check that no two variants are one.

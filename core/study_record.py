@@ -9,7 +9,7 @@ from attrs import field, frozen
 
 from tangram.core.cells import Cell, read_cell
 from tangram.core.config import Scalar
-from tangram.core.reports import ReportError, RunRecord, number, read_run
+from tangram.core.reports import ReportError, RunRecord, number, read_files
 from tangram.core.statistics import Finding, Paired, finding, holm, noise, paired
 
 PLAN = "study.json"
@@ -181,9 +181,7 @@ def read_study_record(directory: str | Path) -> StudyRecord:
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{directory / PLAN} is damaged: {error}") from None
     cells = {
-        variant.name: {
-            seed: _cell(directory / "cells" / id_, variant.name, seed, id_) for seed, id_ in variant.cells.items()
-        }
+        variant.name: {seed: _cell(directory, variant.name, seed, id_) for seed, id_ in variant.cells.items()}
         for variant in plan.variants
     }
     return StudyRecord(plan, cells)
@@ -202,7 +200,7 @@ def _plan(content: dict[str, Any]) -> StudyPlan:
 def _cell(study: Path, variant: str, seed: int, id_: str) -> CellRecord:
     directory = study / "cells" / id_
     cell = read_cell(directory) or Cell(id_, variant, seed)
-    run = read_run(directory) if (directory / "metrics.jsonl").is_file() else None
+    run = read_files(directory) if (directory / "metrics.jsonl").is_file() else None
     try:
         verdict = json.loads((directory / "verdict.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,145 +1,123 @@
-"""The report of a study: its tables, each one object that is written as Markdown, LaTeX and HTML."""
+"""The report of a study: its tables and pictures as HTML, Markdown and LaTeX, and its numbers as JSON and CSV."""
 
+import csv
+import io
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from attrs import frozen
+import attrs
 
 from tangram.core.files import write_whole
-from tangram.core.statistics import LEVEL, Finding
-from tangram.core.study_record import Comparison, StudyRecord, VariantPlan, read_study_record
+from tangram.core.markup import document, dotted, figure, verbatim
+from tangram.core.markup import table as html_table
+from tangram.core.study_figures import AXES, curves, forest
+from tangram.core.study_record import CellRecord, StudyRecord, read_study_record
+from tangram.core.study_tables import Table, commands, tables
 
-_NONE = "–"
+_LOSS = "loss.next_token"
+"""A curve that is drawn in every study that has it."""
 
 
-@frozen
-class Table:
-    """A table: what every rendering is made from.
+def write_study_report(directory: str | Path) -> Path:
+    """Write the reports of a study into its directory, from what lies in it alone, and return the path of the page.
 
-    Attributes:
-        title: Its heading.
-        caption: What a reader must know to read it.
-        header: Names of the columns.
-        rows: The cells, as text.
+    Raises:
+        ReportError: It is no study.
     """
-
-    title: str
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def tables(record: StudyRecord) -> list[Table]:
-    """Return every table of a study, in order."""
-    return [
-        *(_verdicts(record, metric) for metric in record.plan.metrics),
-        _costs(record),
-        _values(record),
-        _differences(record),
-        _troubles(record),
-        _versions(record),
-    ]
+    directory = Path(directory)
+    record = read_study_record(directory)
+    written = {
+        "report.md": markdown(record),
+        "report.tex": latex(record),
+        "results.csv": table_of_cells(record),
+        "results.json": json.dumps(results(record), indent=1),
+        "report.html": page(record),
+    }
+    for name, text in written.items():
+        write_whole(directory / name, text)
+    return directory / "report.html"
 
 
-def _verdicts(record: StudyRecord, metric: str) -> Table:
-    better, base = record.plan.metrics[metric], record.plan.variants[0].name
-    caption = (
-        f"{better.capitalize()} is better. The difference to {base} is over pairs of runs with the same seed, with "
-        f"the 95% Student-t interval of its mean; p is corrected for the number of variants (Holm), and below "
-        f"{LEVEL:g} a variant is better or worse. Within noise: the whole interval is closer to 0 than two runs of "
-        f"{base} usually are to each other, {record.noise(metric):.2g}. Fewer than 3 seeds: no verdict."
-    )
-    header = ("variant", metric, "difference", "95% interval", "p (Holm)", "seeds", "correlation", "verdict")
-    return Table(f"Verdict: {metric}", caption, header, tuple(_verdict(row) for row in record.compare(metric)))
+# --- numbers ------------------------------------------------------------------------------------------------
 
 
-def _verdict(row: Comparison) -> tuple[str, ...]:
-    mean = sum(row.values.values()) / len(row.values) if row.values else None
-    shown = (row.variant, _shown(mean, ".4f"))
-    pair = row.difference
-    if pair is None:
-        word = "(base)" if row.finding is Finding.NONE and row.p is None and row.values else _NONE
-        return (*shown, _NONE, _NONE, _NONE, str(len(row.values)), _NONE, word)
-    interval = _NONE if pair.low is None or pair.high is None else f"[{pair.low:+.4f}, {pair.high:+.4f}]"
-    return (
-        *shown,
-        f"{pair.mean:+.4f}",
-        interval,
-        _shown(row.p, ".2g"),
-        str(pair.n),
-        _shown(pair.correlation, ".2f"),
-        row.finding.value,
-    )
-
-
-def _shown(value: float | None, style: str) -> str:
-    return _NONE if value is None else format(value, style)
-
-
-def _costs(record: StudyRecord) -> Table:
-    caption = (
-        f"{record.plan.statement} Parameters and operations are those of the main model: what objectives own is not "
-        "counted. Time and memory are means over the seeds, on the machine that ran them."
-    )
-    header = ("variant", "parameters", "active", "training FLOP", "tokens", "residual", "seconds", "memory, MiB")
-    return Table(
-        "What was held equal, and what it cost", caption, header, tuple(_cost(record, v) for v in record.plan.variants)
-    )
-
-
-def _cost(record: StudyRecord, plan: VariantPlan) -> tuple[str, ...]:
-    cells = record.cells[plan.name].values()
-    seconds = [cell.seconds for cell in cells if cell.cell.state == "done" and cell.seconds is not None]
-    memory = [cell.memory for cell in cells if cell.memory is not None]
-    return (
-        plan.name,
-        f"{plan.parameters:,}",
-        f"{plan.active:,}",
-        f"{plan.flops:.3e}",
-        f"{plan.tokens:,}",
-        _shown(plan.residual, "+.2%"),
-        _shown(sum(seconds) / len(seconds) if seconds else None, ",.1f"),
-        _shown(sum(memory) / len(memory) / 2**20 if memory else None, ",.0f"),
-    )
-
-
-def _values(record: StudyRecord) -> Table:
-    header = ("metric", "variant", *(f"seed {seed}" for seed in record.plan.seeds))
-    rows = []
+def results(record: StudyRecord) -> dict[str, object]:
+    """Return every number of a study as plain values."""
+    plan = attrs.asdict(record.plan)
+    cells = [attrs.asdict(cell.cell) | _numbers(record, cell) for row in record.cells.values() for cell in row.values()]
+    compared = {}
     for metric in record.plan.metrics:
-        for plan in record.plan.variants:
-            known = record.values(plan.name, metric)
-            rows.append((metric, plan.name, *(_shown(known.get(seed), ".4f") for seed in record.plan.seeds)))
-    return Table("Every run", "", header, tuple(rows))
+        rows = [
+            {
+                "variant": row.variant,
+                "values": row.values,
+                "difference": None if row.difference is None else attrs.asdict(row.difference),
+                "p": row.p,
+                "finding": row.finding.value,
+            }
+            for row in record.compare(metric)
+        ]
+        compared[metric] = {"noise": record.noise(metric), "variants": rows}
+    return {"plan": plan, "cells": cells, "metrics": compared}
 
 
-def _differences(record: StudyRecord) -> Table:
-    base = record.plan.variants[0].name
-    rows = [
-        (plan.name, path, json.dumps(there), json.dumps(here))
-        for plan in record.plan.variants[1:]
-        for path, (there, here) in plan.difference.items()
-    ]
-    header = ("variant", "path", base, "variant's")
-    return Table("What differs from the base", "Leaves of the resolved presets.", header, tuple(rows))
+def _numbers(record: StudyRecord, cell: CellRecord) -> dict[str, float | None]:
+    metrics = {metric: cell.value(metric) for metric in record.plan.metrics}
+    return metrics | {"seconds": cell.seconds, "peak_rss": cell.memory}
 
 
-def _troubles(record: StudyRecord) -> Table:
-    rows = tuple((c.cell.variant, str(c.cell.seed), c.cell.state, c.cell.why or _NONE, c.cell.id) for c in record.bad)
-    caption = "Cells that are not done; no number above is theirs." if rows else "Every cell is done."
-    return Table("Failed, diverged and unfinished cells", caption, ("variant", "seed", "state", "why", "cell"), rows)
+def table_of_cells(record: StudyRecord) -> str:
+    """Return a line of CSV for every cell."""
+    text = io.StringIO()
+    columns = ["variant", "seed", "id", "state", *record.plan.metrics, "seconds", "peak_rss", "why"]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in record.cells.values():
+        for cell in row.values():
+            writer.writerow(attrs.asdict(cell.cell) | _numbers(record, cell))
+    return text.getvalue()
 
 
-def _versions(record: StudyRecord) -> Table:
-    return Table("Versions", "", ("what", "version"), tuple(record.plan.versions.items()))
+# --- HTML ---------------------------------------------------------------------------------------------------
 
 
-def commands(record: StudyRecord) -> str:
-    """Return the exact commands: of the study, and of one cell by itself."""
-    cell = next(iter(record.plan.variants[0].cells.values()))
-    return f"{shlex.join(record.plan.command)}\ntangram train cells/{cell}/experiment.yaml --out elsewhere"
+def page(record: StudyRecord) -> str:
+    """Return the report as HTML. The same record gives the same text."""
+    parts = []
+    for i, table in enumerate(tables(record)):
+        parts.append(_section(table, _forest(record, i)))
+        if i == len(record.plan.metrics):
+            parts.append(_curves(record))
+    parts.append(f"<section>\n<h2>How it was run</h2>\n{verbatim(commands(record))}\n</section>")
+    return document(record.plan.name, "\n".join(parts))
+
+
+def _section(table: Table, pictures: str) -> str:
+    caption = f"<p>{dotted(table.caption)}</p>\n" if table.caption else ""
+    shown = (
+        html_table([*map(dotted, table.header)], [list(map(dotted, row)) for row in table.rows]) if table.rows else ""
+    )
+    return f"<section>\n<h2>{dotted(table.title)}</h2>\n{caption}{shown}\n{pictures}</section>"
+
+
+def _forest(record: StudyRecord, i: int) -> str:
+    """Return the picture that belongs to the i-th table, if it is one of verdicts."""
+    if i >= len(record.plan.metrics):
+        return ""
+    metric = list(record.plan.metrics)[i]
+    caption = "Mean difference with its 95% interval; dots are pairs of runs, grey is the noise of the base."
+    return figure(f"{metric}: differences", caption, forest(record, metric)) + "\n"
+
+
+def _curves(record: StudyRecord) -> str:
+    drawn = []
+    for column in dict.fromkeys([*record.plan.metrics, _LOSS]):
+        for over, axis in AXES.items():
+            caption = "Thin: every seed. Thick: the mean of a variant's seeds."
+            drawn.append(figure(f"{column} over {axis}", caption, curves(record, column, over)))
+    pictures = "\n".join(drawn)
+    return f'<section>\n<h2>Curves</h2>\n<div class="figures">\n{pictures}\n</div>\n</section>'
 
 
 # --- Markdown and LaTeX -------------------------------------------------------------------------------------
@@ -203,19 +181,3 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in text.replace("\n", " "))
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-
-def write_study_report(directory: str | Path) -> Path:
-    """Write the reports of a study into its directory, from what lies in it alone, and return the path of one.
-
-    Raises:
-        ReportError: It is no study.
-    """
-    directory = Path(directory)
-    record = read_study_record(directory)
-    write_whole(directory / "report.md", markdown(record))
-    write_whole(directory / "report.tex", latex(record))
-    return directory / "report.md"
