@@ -182,7 +182,7 @@ TestTrainer.settings = settings(max_examples=4, stateful_step_count=6)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_the_trainer_for_long(part: int) -> None:
     """The same for minutes, every time and in every part from another seed."""
     long = settings(max_examples=10, stateful_step_count=20, derandomize=False)
