@@ -2,7 +2,7 @@
 
 import torch
 from attrs import field, frozen
-from attrs.validators import gt, optional
+from attrs.validators import ge, gt, optional
 from torch import Tensor
 
 from tangram.core.context import Context
@@ -12,7 +12,7 @@ from tangram.kernels import causal_attention, frequencies, masked_attention, rot
 from tangram.plugins.attention.cache import TokenCache
 
 
-@component("attention", use="gqa")
+@component("attention", use="gqa", capabilities=["cache"])
 @frozen(kw_only=True)
 class GQAConfig:
     """Attention in which groups of query heads share one head of keys and values.
@@ -27,7 +27,7 @@ class GQAConfig:
     n_heads: int = field(validator=gt(0))
     n_kv_heads: int | None = field(default=None, validator=optional(gt(0)))
     head_dim: int = field(validator=gt(0))
-    theta: float = field(default=10000.0, validator=gt(0.0))
+    theta: float = field(default=10000.0, validator=ge(1.0))
 
     def __attrs_post_init__(self) -> None:
         if self.head_dim % 2:

@@ -32,7 +32,7 @@ class YarnConfig:
     mscale: float = field(default=1.0, validator=ge(0.0))
 
 
-@component("attention", use="mla")
+@component("attention", use="mla", capabilities=["cache"])
 @frozen(kw_only=True)
 class MLAConfig:
     """Attention whose keys and values are made from one small latent a token, which is all the cache keeps.
@@ -54,7 +54,7 @@ class MLAConfig:
     nope_dim: int = field(validator=gt(0))
     rope_dim: int = field(validator=gt(0))
     value_dim: int = field(validator=gt(0))
-    theta: float = field(default=10000.0, validator=gt(0.0))
+    theta: float = field(default=10000.0, validator=ge(1.0))
     yarn: YarnConfig | None = None
 
     def __attrs_post_init__(self) -> None:

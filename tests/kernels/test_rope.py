@@ -95,15 +95,17 @@ def test_gradcheck_of_both_orders():
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_slices_of_wider_heads_empty_batches_and_expanded_gradients(interleaved):
+@pytest.mark.parametrize("sizes", [(2, 3, 2), (1, 1, 1)])
+def test_slices_of_wider_heads_empty_batches_and_expanded_gradients(interleaved, sizes):
     table = frequencies(4, THETA)
-    positions = torch.arange(3).expand(2, 3)
-    heads = drawn(0, 2, 3, 2, 7, dtype=torch.float32)
+    positions = torch.arange(3)[: sizes[1]].expand(sizes[0], -1)
+    heads = drawn(0, *sizes, 7, dtype=torch.float32)
     part = heads[..., 3:].requires_grad_()  # an odd offset and an odd stride
     y = rope(part, positions, table, interleaved)
     assert torch.equal(y, rope(part.detach().clone(), positions, table, interleaved))
     y.sum().backward()
-    assert rope(torch.zeros(0, 3, 2, 4), positions[:0], table, interleaved).shape == (0, 3, 2, 4)
+    none = positions[:0]
+    assert rope(torch.zeros(0, sizes[1], 2, 4), none, table, interleaved).shape == (0, sizes[1], 2, 4)
     assert rope(torch.zeros(2, 0, 2, 4), positions[:, :0], table, interleaved).shape == (2, 0, 2, 4)
 
 
