@@ -139,7 +139,13 @@ def curves(draw: st.DrawFn, low: float = 0.0, high: float = 1.0) -> Curve:
 
 
 @st.composite
-def configs(draw: st.DrawFn, config: type[_T], overrides: Mapping[str, st.SearchStrategy[object]] | None = None) -> _T:
+def configs(
+    draw: st.DrawFn,
+    config: type[_T],
+    overrides: Mapping[str, st.SearchStrategy[object]] | None = None,
+    *,
+    few: int | None = None,
+) -> _T:
     """Draw a valid instance of an attrs config class.
 
     Booleans, numbers, strings and Literals are drawn within the bounds of the field's validators (`ge`, `gt`,
@@ -151,6 +157,8 @@ def configs(draw: st.DrawFn, config: type[_T], overrides: Mapping[str, st.Search
         draw: Given by Hypothesis.
         config: The class.
         overrides: Strategies by field name, for fields whose type does not say enough.
+        few: How many fields at most leave their default; by default any number. Fields often have to fit each
+            other, and defaults do.
 
     Raises:
         TypeError: A required field has a type that is not known here, or an override names no field.
@@ -162,7 +170,13 @@ def configs(draw: st.DrawFn, config: type[_T], overrides: Mapping[str, st.Search
         raise TypeError(f"{config.__name__} has no field {', '.join(unknown)}")
     hints = get_type_hints(config)
     values = {}
+    left: set[str] = set()
+    if few is not None:
+        optional = [name for name, field in fields.items() if field.default is not attrs.NOTHING]
+        left = set(optional) - set(draw(st.lists(st.sampled_from(optional), max_size=few)) if optional else ())
     for name, field in fields.items():
+        if name in left:
+            continue
         strategy = given.get(name)
         if strategy is None:
             strategy = _of_type(hints[name], _Bounds.of(field.validator), field.default is attrs.NOTHING)

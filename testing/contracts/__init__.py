@@ -1,0 +1,1 @@
+"""What each slot owes: one file a slot, one class of laws a file."""

@@ -1,0 +1,175 @@
+"""What every attention owes: causality, documents kept apart, and a cache that changes nothing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tangram.core.contracts import Attention, Cache
+from tangram.testing.contracts.module import DifferentiableContract, Passed
+from tangram.testing.laws import law
+from tangram.testing.mutants import attention as mutants
+from tangram.testing.samples import documents, normal
+from tangram.testing.strategies import seeds
+from tangram.testing.tolerance import assert_close
+
+_LENGTH = 7
+
+
+@st.composite
+def _cuts(draw: st.DrawFn, rows: int = 2) -> list[list[int]]:
+    """Draw document numbers, not decreasing, of `rows` rows."""
+    starts = st.lists(st.booleans(), min_size=_LENGTH - 1, max_size=_LENGTH - 1)
+    return [torch.tensor([0, *draw(starts)]).cumsum(0).tolist() for _ in range(rows)]
+
+
+def _single(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    return documents([[0] * length] * rows)
+
+
+class AttentionContract(DifferentiableContract):
+    """The laws of the slot `attention`."""
+
+    slot = "attention"
+    optional: ClassVar[Mapping[str, str]] = {
+        "cache": "continues from a cache: prefill, decoding and any split of both are one forward"
+    }
+
+    def x(self, rows: int, length: int, seed: int) -> Tensor:
+        """Return drawn hidden states [rows, length, D]."""
+        return normal(rows, length, self.dim, seed=seed, dtype=self.dtype).to(self.device)
+
+    def passed(self, module: Any, seed: int) -> Passed:
+        """Put two packed rows through."""
+        x = self.x(2, 5, seed).requires_grad_()
+        return Passed({"x": x}, {"out": module(x, *documents([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]))})
+
+    @law(segments=_cuts(), at=st.integers(1, _LENGTH - 1), seed=seeds(), kills=[mutants.sees_the_future])
+    def the_future_changes_nothing_before_it(self, config: Any, segments: list[list[int]], at: int, seed: int) -> None:
+        """What comes later changes nothing before it, and something after."""
+        module, x = self.built(config), self.x(2, _LENGTH, seed)
+        later = torch.arange(_LENGTH).expand(2, _LENGTH) >= at
+        changed = torch.where(later[..., None], self.x(2, _LENGTH, seed + 1), x)
+        before, after = (module(value, *documents(segments)) for value in (x, changed))
+        assert_close(after[:, :at], before[:, :at], length=self.length)
+        assert not torch.equal(after[:, at:], before[:, at:]), "what is changed changes nothing"
+
+    @law(
+        segments=_cuts(),
+        row=st.integers(0, 1),
+        at=st.integers(0, _LENGTH - 1),
+        seed=seeds(),
+        kills=[mutants.leaks_across_documents],
+    )
+    def a_document_sees_itself_alone(
+        self, config: Any, segments: list[list[int]], row: int, at: int, seed: int
+    ) -> None:
+        """A document in a packed row gives what it gives alone."""
+        module, x = self.built(config), self.x(2, _LENGTH, seed)
+        positions, numbers = documents(segments)
+        inside = numbers[row] == numbers[row, at]
+        packed = module(x, positions, numbers)[row][inside]
+        alone = x[row][inside][None]
+        assert_close(packed, module(alone, *_single(1, alone.shape[1]))[0], length=self.length)
+
+    @law(segments=_cuts(rows=3), seed=seeds(), kills=[mutants.mixes_rows])
+    def a_row_does_not_know_the_others(self, config: Any, segments: list[list[int]], seed: int) -> None:
+        """Row i of a batch gives what it gives alone."""
+        module, x = self.built(config), self.x(3, _LENGTH, seed)
+        positions, numbers = documents(segments)
+        whole = module(x, positions, numbers)
+        for i in range(3):
+            alone = module(x[i : i + 1], positions[i : i + 1], numbers[i : i + 1])
+            assert_close(whole[i : i + 1], alone, length=self.length)
+
+    @law(
+        requires="cache",
+        split=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+        seed=seeds(),
+        kills=[mutants.restarts_positions_when_cached, mutants.drops_the_oldest_when_cached],
+    )
+    @torch.no_grad()
+    def any_split_through_the_cache_is_one_forward(self, config: Any, split: list[int], seed: int) -> None:
+        """Prefill, decoding token by token, and any split of both give what one forward gives."""
+        length = sum(split)
+        module, x = self.built(config), self.x(2, length, seed)
+        positions, segments = _single(2, length)
+        expected = module(x, positions, segments)
+        for sizes in (split, [1] * length, [length]):
+            cache = module.new_cache(2, length + 3)
+            pieces = (t.split(sizes, 1) for t in (x, positions, segments))
+            out = torch.cat([module(*piece, cache) for piece in zip(*pieces, strict=True)], 1)
+            assert_close(out, expected, length=self.length)
+            assert cache.lengths.tolist() == [length] * 2, "lengths say another number of tokens"
+
+    @law(
+        requires="cache",
+        kept=st.lists(st.integers(0, 4), min_size=2, max_size=2),
+        seed=seeds(),
+        kills=[mutants.truncates_nothing],
+    )
+    @torch.no_grad()
+    def what_is_forgotten_was_never_seen(self, config: Any, kept: list[int], seed: int) -> None:
+        """A truncated cache continues as one that never held more; rows may keep different lengths."""
+        module, x, more = self.built(config), self.x(2, 4, seed), self.x(2, 3, seed + 1)
+        cache = module.new_cache(2, 8)
+        _step(module, x, cache, [0, 0])
+        cache.truncate(torch.tensor(kept))
+        out = _step(module, more, cache, kept)
+        for row, n in enumerate(kept):
+            fresh = module.new_cache(1, 8)
+            if n:
+                _step(module, x[row : row + 1, :n], fresh, [0])
+            assert_close(out[row : row + 1], _step(module, more[row : row + 1], fresh, [n]), length=self.length)
+
+    @law(
+        requires="cache",
+        rows=st.lists(st.integers(0, 1), min_size=1, max_size=3),
+        seed=seeds(),
+        kills=[mutants.forks_the_first_row],
+    )
+    @torch.no_grad()
+    def a_fork_continues_its_row_and_leaves_the_original_alone(self, config: Any, rows: list[int], seed: int) -> None:
+        """A fork continues the rows that it was given, and what is appended to it is not in the original."""
+        module, x = self.built(config), self.x(2, 3, seed)
+        cache = module.new_cache(2, 6)
+        _step(module, x, cache, [0, 0])
+        fork = cache.fork(torch.tensor(rows))
+        continued = self.x(len(rows), 2, seed + 1)
+        out = _step(module, continued, fork, [3] * len(rows))
+        for i, row in enumerate(rows):
+            whole = torch.cat([x[row], continued[i]])[None]
+            assert_close(out[i], module(whole, *_single(1, 5))[0, 3:], length=self.length)
+        own = self.x(2, 1, seed + 2)
+        whole = module(torch.cat([x, own], 1), *_single(2, 4))[:, 3:]
+        assert_close(_step(module, own, cache, [3, 3]), whole, length=self.length)
+
+    @law(requires="cache", seed=seeds(), kills=[mutants.stores_more_than_it_declares])
+    @torch.no_grad()
+    def a_cache_holds_what_is_declared(self, config: Any, seed: int) -> None:
+        """A token costs `cache_width` elements of the compute dtype, in `nbytes` and in memory."""
+        module = self.built(config)
+        cache = module.new_cache(2, 9)
+        assert cache.nbytes == 0, "an empty cache holds bytes"
+        _step(module, self.x(2, 4, seed), cache, [0, 0])
+        width = module.cache_width * self.dtype.itemsize
+        assert cache.nbytes == 2 * 4 * width, f"{cache.nbytes} bytes for 8 tokens of {width}"
+        # Memory is reserved for all 9 places of both rows, or for the tokens there are: never for more.
+        held = sum(t.numel() * t.element_size() for t in _tensors_of(cache) if t.is_floating_point())
+        assert held <= 2 * 9 * width, f"{held} bytes of memory for at most 18 tokens of {width}"
+        cache.truncate(torch.tensor([1, 4]))
+        assert cache.nbytes == 5 * width, "a truncated cache still counts what it forgot"
+
+
+def _step(module: Attention, x: Tensor, cache: Cache, starts: Sequence[int]) -> Tensor:
+    positions = torch.tensor(starts)[:, None] + torch.arange(x.shape[1])
+    return module(x, positions, torch.zeros_like(positions), cache)
+
+
+def _tensors_of(cache: Cache) -> list[Tensor]:
+    """Return the tensors that a cache holds, also in lists and tuples."""
+    held = vars(cache).values()
+    flat = [item for value in held for item in (value if isinstance(value, list | tuple) else [value])]
+    return [item for item in flat if isinstance(item, Tensor)]
