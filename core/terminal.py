@@ -82,8 +82,9 @@ def print_outcome(outcome: "Outcome") -> None:
         word = {True: "alive", False: "dead", None: "too short to tell"}[piece.alive]
         say(f"{piece.name}: {word} ({piece.why})")
     saving = outcome.saving
+    plural = "" if saving.checkpoints == 1 else "s"
     say(
-        f"{saving.checkpoints} checkpoints held training up for {saving.held_up:.1f} s ({saving.share:.1%}), "
+        f"{saving.checkpoints} checkpoint{plural} held training up for {saving.held_up:.1f} s ({saving.share:.1%}), "
         f"written beside it in {saving.writing:.1f} s"
     )
     say(f"peak memory {outcome.peak_rss / 2**30:.2f} GiB; everything is in {outcome.directory}")

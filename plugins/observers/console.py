@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Iterable
 
 from attrs import field, frozen
 from attrs.validators import gt
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from tangram.core.hookspecs import HOOKIMPL
 from tangram.core.records import EvalReport, StepReport, Verdict
@@ -30,6 +32,17 @@ class ConsoleConfig:
         return ConsoleView(self.every)
 
 
+class _Bar(Progress):
+    """A bar below the line of the last step: side by side, 80 columns do not hold them."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return what is drawn anew a few times a second."""
+        yield Text(self.line, no_wrap=False, overflow="fold")
+        yield from super().get_renderables()
+
+
 class ConsoleView:
     """Shows the run."""
 
@@ -37,7 +50,7 @@ class ConsoleView:
         # Names and paths are no markup, and a line in a log stays one line.
         plain = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.every, self.console = every, plain
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._task = TaskID(0)
         self._shown = -math.inf
         self._bits = ""
@@ -50,9 +63,9 @@ class ConsoleView:
         self.console.print(f"{run.experiment.name}: {total:,} tokens into {run.directory}{resumed}")
         if not self.console.is_terminal:
             return
-        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
-        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
-        self._task = self._bar.add_task("step 0", total=total, completed=begun)
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))
+        self._bar = _Bar(BarColumn(None), TextColumn("{task.percentage:>3.0f}%"), *times, console=self.console)
+        self._task = self._bar.add_task("", total=total, completed=begun)
         self._bar.start()
 
     @HOOKIMPL
@@ -62,7 +75,8 @@ class ConsoleView:
         if report.verdict is not Verdict.ACCEPT:
             self.console.print(f"{line}: {report.verdict.value}, no update: {report.culprit}")
         elif self._bar is not None:
-            self._bar.update(self._task, completed=report.after.tokens, description=line)
+            self._bar.line = line
+            self._bar.update(self._task, completed=report.after.tokens)
         elif time.monotonic() - self._shown >= self.every:
             self._shown = time.monotonic()
             self.console.print(line)

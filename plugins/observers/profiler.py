@@ -1,5 +1,6 @@
 """A trace of chosen steps: where the time of a step goes."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ class Profiler:
 
     def _before(self, step: int) -> None:
         if self._trace is None and self.first <= step <= self.last:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its library writes into the progress bar
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._trace, self._begun = profile(activities=activities), step
             self._trace.start()

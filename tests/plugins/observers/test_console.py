@@ -1,4 +1,4 @@
-"""The live view where there is no terminal: plain lines, whatever the numbers and the names."""
+"""The live view: plain lines where there is no terminal, whatever the numbers and the names, and else a whole bar."""
 
 import math
 import re
@@ -95,3 +95,16 @@ def test_a_resumed_run_says_from_where(experiment, capsys):
     hook.tangram_run_started(run=run)
     hook.tangram_run_ended(run=run, error=RuntimeError("power cut"))
     assert capsys.readouterr().out.rstrip().endswith("resumed at step 7")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_terminal_shows_every_number_and_the_time_left_at_any_width(experiment, capsys, monkeypatch, columns):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown(experiment, Path("runs/x"), [report(1, 10.79), evaluated(2.3456), report(50, 10.79)])
+    out = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    last = " ".join(out[out.rindex("step 50") :].split())
+    assert last.startswith("step 50 loss 10.790 next 10.790 2.346 bits/byte violation 0.50 123,457 tok/s ")
+    assert re.search(r" 50% \d:\d\d:\d\d [\d-]:[\d-][\d-]:[\d-][\d-] left$", last)
+    assert "…" not in out
