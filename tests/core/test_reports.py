@@ -7,12 +7,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SMALL, tiny
 
 from tangram.core.cli import main
-from tangram.core.figures import FIGURES, flops_of, parameters_of, thinned
+from tangram.core.figures import (
+    COLUMNS,
+    FIGURES,
+    flops_of,
+    parameters_of,
+    stretches,
+    thinned,
+    violation_by_layer,
+)
 from tangram.core.markup import POLICY
 from tangram.core.pages import NO_DATA, page, write_report
 from tangram.core.presets import to_yaml
@@ -96,6 +105,42 @@ def test_the_load_counts_every_choice_of_every_step(run: Path) -> None:
     assert all(len(counts) == 8 for counts in load.values())
 
 
+def test_every_layer_with_a_router_is_a_line_and_of_many_each_is_a_row_of_a_map(run: Path) -> None:
+    record = read_run(run)
+    traces = record.by_layer("violation", "step")
+    assert {layer: len(trace.y) for layer, trace in traces.items()} == {1: STEPS, 2: STEPS, 3: STEPS}
+    drawn = violation_by_layer(record) or ""
+    assert all(f"layer {layer}" in drawn for layer in traces)
+    assert "<image" not in drawn
+    rows = [{"step": step, **{f"violation.{layer}": step + layer for layer in range(58)}} for step in range(1, 1000)]
+    drawn = violation_by_layer(evolve(record, steps=tuple(rows))) or ""
+    assert drawn.count("<image") == 2  # the map and its scale
+    assert "layer 3" not in drawn
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.integers(1, 900), st.integers(1, 4), st.data())
+def test_a_peak_of_one_step_is_seen_in_a_map_of_any_length(first: int, steps: int, layers: int, data: st.DataObject):
+    layer, peak = data.draw(st.integers(0, layers - 1)), data.draw(st.integers(0, steps - 1))
+    x = tuple(map(float, range(first, first + steps)))
+    flat = Trace(x, (0.5,) * steps)
+    raised = Trace(x, tuple(9.0 if i == peak else 0.5 for i in range(steps)))
+    cells = stretches({each: raised if each == layer else flat for each in range(layers)})
+    assert {len(row) for row in cells} == {min(steps, COLUMNS)}
+    assert [max(row) for row in cells] == [9.0 if each == layer else 0.5 for each in range(layers)]
+    assert cells[layer].count(9.0) == 1
+    assert cells[layer].index(9.0) == peak * len(cells[layer]) // steps
+
+
+def test_averaged_weights_stand_beside_the_last_ones(run: Path) -> None:
+    averages = {"ema": {"tokens": 48 * STEPS, "eval.bits_per_byte": 2.25, "eval.complete": True}}
+    record = evolve(read_run(run), averaged=averages)
+    words = Page(page(record)).words
+    assert words.count("averaged by ema2.250") == 2  # at the top and in the table
+    assert words.count("last2.500") == 1
+    assert "averaged by ema (2.25)" in words  # in the figure
+
+
 def test_names_and_values_of_the_user_are_text_and_never_markup(run: Path) -> None:
     record = read_run(run)
     steps = [{**row, f"loss.{HOSTILE}": 1.0} for row in record.steps]
@@ -124,21 +169,32 @@ def test_a_hostile_preset_goes_through_the_directory_as_text(tmp_path: Path) -> 
     assert HOSTILE in seen.words
 
 
-@pytest.mark.parametrize("missing", ["metrics.jsonl", "about.json", "origins.json", "load.json", "verdict.json"])
-def test_what_is_missing_or_damaged_leaves_a_gap(run: Path, missing: str) -> None:
+FILES = ("metrics.jsonl", "about.json", "origins.json", "load.json", "verdict.json")
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_what_is_damaged_leaves_a_gap(run: Path, missing: str) -> None:
+    assert not read_run(run).gaps
     (run / missing).write_text('{"cut off')
-    assert missing in Page(write_report(run).read_text()).words
-    (run / missing).unlink()
-    write_report(run)
+    assert missing in " ".join(read_run(run).gaps)
+
+
+def test_a_run_of_which_only_the_preset_is_left_has_a_report(run: Path) -> None:
+    for missing in FILES:
+        (run / missing).unlink()
+    words = Page(write_report(run).read_text()).words
+    assert "there is no metrics.jsonl" in words
+    assert NO_DATA in words
 
 
 def test_a_run_without_experts_or_held_out_text_says_no_data(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    plain = [{k: v for k, v in row.items() if k not in ("violation", "bias")} for row in rows if "loss" in row]
+    routed = ("violation", "bias")
+    plain = [{k: v for k, v in row.items() if not k.startswith(routed)} for row in rows if "loss" in row]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     (run / "load.json").unlink()
     text = write_report(run).read_text()
-    assert Page(text).tags.count("svg") == len(FIGURES) - 4
+    assert Page(text).tags.count("svg") == len(FIGURES) - 6
     assert NO_DATA in text
 
 
