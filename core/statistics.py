@@ -122,14 +122,14 @@ def finding(compared: Paired | None, p: float | None, floor: float, *, lower_is_
 
 
 def _quantile(p: float, freedom: int) -> float:
-    from scipy.stats import t
+    from scipy.special import stdtrit  # which loads in a fifth of the time of scipy.stats
 
-    return float(t.ppf(p, freedom))
+    return float(stdtrit(freedom, p))
 
 
 def _chance(mean: float, error: float, freedom: int) -> float:
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     if error == 0.0:
         return 1.0 if mean == 0.0 else 0.0
-    return float(2.0 * t.sf(abs(mean) / error, freedom))
+    return float(2.0 * stdtr(freedom, -abs(mean) / error))
