@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cyclopts import App, CycloptsError, Parameter
 
 from tangram.core.cli_interchange import export, import_
+from tangram.core.cli_plugins import new_plugin
 from tangram.core.cli_runs import evaluate, report
 from tangram.core.cli_studies import ablate
 from tangram.core.parameters import Files, Json, Overrides
@@ -353,9 +354,14 @@ def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
 
 app.command(evaluate)
 app.command(report)
+app.command(new_plugin)
 app.command(export)
 app.command(import_, name="import")
 app.command(ablate)
+# By name: only this command needs the conformance kit, and Hypothesis with it.
+app.command(
+    "tangram.testing.command:check_plugin", name="check-plugin", help="Try on a component every law of its slot."
+)
 
 
 def _plugins(files: Sequence[Path]) -> "Plugins":

@@ -1,1 +1,9 @@
 """What each slot owes: one file a slot, one class of laws a file."""
+
+from collections.abc import Mapping
+
+from tangram.testing.contracts.attention import AttentionContract
+from tangram.testing.laws import Contract
+
+CONTRACTS: Mapping[str, type[Contract]] = {contract.slot: contract for contract in (AttentionContract,)}
+"""The contract of each slot that has laws."""
