@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["online", "offline", "disabled", "shared"]
 
+_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
+"""Hosts under which `wandb login` keeps a key: since 0.31, and before."""
+
 _INIT_TIMEOUT = 20.0
 """Seconds that a start may wait for the server."""
 
@@ -110,7 +113,7 @@ class Wandb:
         self._sender.join(_FINISH_TIMEOUT)
         if self._sender.is_alive() and self._run is not None:
             self._give_up(TimeoutError("its process does not answer"))
-            _leave()
+            _end_process()
 
     def _begin(self, run: RunView, mode: Mode, why: str) -> "tuple[wandb.Run, Mode, str]":
         """Return the run that was begun and its mode: offline where the server does not answer."""
@@ -121,6 +124,7 @@ class Wandb:
                 raise
             except Exception as error:
                 mode, why = "offline", _first_line(error)
+                _end_process()  # it still holds the run's id
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without it, offline still asks for an address
         return self._init(run, mode), mode, why
 
@@ -155,7 +159,7 @@ class Wandb:
             self._calls.put_nowait(call)
         except queue.Full:
             self._give_up(TimeoutError("its process does not answer"))
-            _leave()
+            _end_process()
 
     def _send(self) -> None:
         """Make the calls in order, until there is none or wandb is given up."""
@@ -174,13 +178,13 @@ class Wandb:
         _say(f"off for the rest of this run ({why}); metrics.jsonl is the record")
 
 
-def _leave() -> None:
-    """Let this process end without waiting for wandb's, which it otherwise does however long that takes."""
+def _end_process() -> None:
+    """End wandb's process, or let this one end without it: else it waits for it, however long that takes."""
     import wandb
 
-    leaving = threading.Thread(target=wandb.teardown, daemon=True)
-    leaving.start()
-    leaving.join(1.0)  # its first act is to cancel the waiting at exit
+    ending = threading.Thread(target=wandb.teardown, daemon=True)
+    ending.start()
+    ending.join(1.0)  # its first act is to cancel the waiting at exit
 
 
 def chosen_mode(config: WandbConfig) -> tuple[Mode, str]:
@@ -198,10 +202,11 @@ def has_key() -> bool:
     """Return whether the environment or netrc holds an API key for the server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = os.environ.get("NETRC")
+    asked = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlsplit(asked).netloc,) if asked else _HOSTS
     try:
-        return netrc(file or str(Path.home() / ".netrc")).authenticators(host) is not None
+        keys = netrc(os.environ.get("NETRC") or str(Path.home() / ".netrc"))
+        return any(keys.authenticators(host) is not None for host in hosts)
     except (OSError, NetrcParseError, RuntimeError):  # none there, not readable, or no home
         return False
 

@@ -12,6 +12,7 @@ from tangram.core.plugins import run_manager
 from tangram.core.records import GradientNorm, Progress, Result, StepReport, Verdict
 from tangram.core.run import train
 from tangram.core.session import RunView
+from tangram.plugins.observers import wandb as observer
 from tangram.plugins.observers.wandb import WandbConfig, chosen_mode, has_key
 
 wandb = pytest.importorskip("wandb")
@@ -110,6 +111,18 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(tmp_path, capsys, 
     assert line.startswith("wandb: offline (no server); later: wandb sync ")
 
 
+def test_a_server_that_is_not_there_leaves_the_run_of_the_real_library_offline(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(observer, "_INIT_TIMEOUT", 1.0)
+    train(tiny(*SHORT, "observers.wandb={}"), tmp_path / "run")
+    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert list(offline.glob("run-*.wandb"))
+    last = lines(capsys.readouterr().out)[-1]
+    assert last.startswith("wandb: offline (")
+    assert last.endswith(f"; later: wandb sync {offline}")
+
+
 def test_after_three_errors_nothing_more_is_tried(tmp_path, capsys, monkeypatch):
     inits = Inits(log_fails=True)
     monkeypatch.setattr(wandb, "init", inits)
@@ -164,8 +177,9 @@ def test_the_environment_wins_then_the_preset_then_whether_there_is_a_key(asked,
 def test_a_key_is_found_in_netrc_for_the_server_that_is_asked(tmp_path, monkeypatch):
     assert not has_key()
     netrc = tmp_path / "netrc"
-    netrc.write_text("machine api.wandb.ai login user password secret\n")
-    assert has_key()
+    for host in ("api.wandb.ai", "api.forge.coreweave.com"):
+        netrc.write_text(f"machine {host} login user password secret\n")
+        assert has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert not has_key()
     netrc.write_text("this is no netrc\n")
