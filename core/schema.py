@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 import types
+from collections.abc import Mapping
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import attrs
@@ -71,12 +72,14 @@ def _type(hint: object) -> str:
         return " | ".join(_type(part) for part in get_args(hint))
     if origin is tuple:
         return f"list of {_type(get_args(hint)[0])}"
+    if origin is Mapping:
+        return f"map of {_type(get_args(hint)[1])}"
     if hint is type(None):
         return "null"
     if hint is Curve:
         return "number or curve"
     if isinstance(hint, type):
-        return slots.get(hint, hint.__name__)
+        return slots.get(hint, "map" if attrs.has(hint) else hint.__name__)
     return str(hint)
 
 
@@ -91,4 +94,4 @@ def _default(value: object) -> str:
         return str(value.dump())
     if isinstance(value, tuple):
         return str(list(value))
-    return str(value)
+    return str(value) or '""'

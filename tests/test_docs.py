@@ -18,8 +18,9 @@ from tangram.core.cli import main
 from tangram.core.contracts import SLOTS
 from tangram.core.plugins import Plugins
 from tangram.core.presets import available
-from tangram.core.records import Progress
+from tangram.core.records import EvalReport, GradientNorm, Progress, Result, StepReport, Verdict
 from tangram.core.schema import fields, summary
+from tangram.core.study import read_study
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -61,6 +62,9 @@ def test_the_page_of_components_is_what_they_say_of_themselves() -> None:
     generated = runpy.run_path(str(DOCS / "components.py"))["page"]()
     for entry in COMPONENTS:
         assert f"### {entry.mark.use}\n" in generated
+    for field in (field for config in CONFIGS for field in fields(config)):
+        ends = f"| `{field.name}` |", f"| {field.doc.replace('|', chr(92) + '|')} |"
+        assert any(line.startswith(ends[0]) and line.endswith(ends[1]) for line in generated.splitlines()), ends
     assert page("components.md") == generated, "stale: run `python docs/components.py > docs/components.md`"
 
 
@@ -91,6 +95,17 @@ def test_the_page_on_observers_names_no_hook_that_is_not_there_and_every_observe
             assert f"| `{entry.mark.use}` |" in text, f"observer '{entry.mark.use}' is not in docs/observers.md"
 
 
+def test_every_column_of_the_metrics_stands_in_the_page_on_observers_and_no_other() -> None:
+    result = Result({"NAME": 1.0}, 1.0, torch.tensor([[3, 1]]), 1)
+    now, norm = Progress(), GradientNorm(1.0)
+    step = StepReport(now, now, 0.1, result, norm, Verdict.ROLLBACK, routed={0: 2}, biases={0: 0.5})
+    evaluation = EvalReport(now, {"NAME": 1.0}, 2.0, 1, 1, complete=True)
+    for kind, row in (("step", step.metrics()), ("evaluation", evaluation.metrics())):
+        written = {re.sub(r"\.0$", ".LAYER", name) for name in row}
+        told = re.findall(rf"^\| `([\w.]+)` \| (?:{kind}|both) \|", page("observers.md"), re.MULTILINE)
+        assert written == set(told)
+
+
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_every_link_leads_somewhere(file: Path) -> None:
     for target in LINK.findall(file.read_text(encoding="utf-8")):
@@ -112,27 +127,42 @@ def shell(line: str, folder: Path) -> None:
     assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
 
 
+def runs(name: str, folder: Path, marks: tuple[str, ...]) -> int:
+    """Write the blocks of a page marked `file=NAME`, run its shell blocks of these marks, and return their lines."""
+    ran = 0
+    for language, mark, content in BLOCK.findall(page(name)):
+        if mark.startswith("file="):
+            (folder / mark.removeprefix("file=")).write_text(content, encoding="utf-8")
+        elif language == "sh" and mark in marks:
+            for line in content.splitlines():
+                shell(line, folder)
+                ran += 1
+    return ran
+
+
 @pytest.mark.parametrize("name", ["presets.md", "observers.md", "write-a-plugin.md"])
 def test_what_a_page_shows_runs_from_an_empty_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks marked `file=NAME` are written, shell blocks marked `runnable` are run, in the order of the page."""
     monkeypatch.chdir(tmp_path)
-    ran = 0
-    for language, mark, content in BLOCK.findall(page(name)):
-        if mark.startswith("file="):
-            (tmp_path / mark.removeprefix("file=")).write_text(content, encoding="utf-8")
-        elif (language, mark) == ("sh", "runnable"):
-            for line in content.splitlines():
-                shell(line, tmp_path)
-                ran += 1
-    assert ran
+    assert runs(name, tmp_path, ("runnable",))
 
 
-def test_the_tutorials_balancer_is_alive(tmp_path: Path) -> None:
-    (source,) = (c for _, mark, c in BLOCK.findall(page("write-a-plugin.md")) if mark == "file=proportional.py")
-    (tmp_path / "proportional.py").write_text(source, encoding="utf-8")
-    module = runpy.run_path(str(tmp_path / "proportional.py"))
-    balancer = module["Proportional"](0.5, 4)
-    balancer.update(torch.tensor([8, 4, 4, 0]), Progress())
-    assert balancer.bias().tolist() == [-0.5, 0.0, 0.0, 0.5]
+@pytest.mark.soak
+def test_the_tutorial_goes_from_an_empty_folder_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert runs("write-a-plugin.md", tmp_path, ("runnable", "runnable soak"))
+    told = (tmp_path / "study/report.md").read_text(encoding="utf-8")
+    assert re.search(r"better|worse|within noise|inconclusive", told)
+
+
+def test_the_tutorials_study_is_two_variants_from_three_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert runs("write-a-plugin.md", tmp_path, ()) == 0
+    study = read_study(Path("study.yaml"), Plugins.discover())
+    assert [variant.name for variant in study.variants] == ["base", "plain"]
+    assert study.asked.seeds == (0, 1, 2)
+    assert study.differences()["plain"] == {"model.block.attention.use": ("qk_norm", "gqa")} | {
+        path: values for path, values in study.differences()["plain"].items() if not path.endswith(".use")
+    }
+
