@@ -318,11 +318,14 @@ class Precision(Protocol):
         ...
 
     def linear(self, ctx: "Context", d_in: int, d_out: int, *, input: Input = "plain") -> nn.Module:
-        """Return a linear without bias, x [..., d_in] -> [..., d_out]."""
+        """Return a linear without bias, x [..., d_in] -> [..., d_out], with a parameter `weight` [d_out, d_in]."""
         ...
 
     def grouped_linear(self, ctx: "Context", n: int, d_in: int, d_out: int, *, input: Input = "plain") -> nn.Module:
-        """Return `n` linears (the whole model's experts), (rows [M, d_in], counts [n]) -> [M, d_out]."""
+        """Return `n` linears (the whole model's experts), (rows [M, d_in], counts [n]) -> [M, d_out].
+
+        Their parameter is `weight` [n, d_out, d_in], and the module says so: `axis = "expert"`.
+        """
         ...
 
 

@@ -1,6 +1,7 @@
 """The conformance kit: the laws of every slot, strategies that draw valid inputs, and derived tolerances."""
 
 from tangram.testing.contracts.attention import AttentionContract
+from tangram.testing.contracts.precision import PrecisionContract
 from tangram.testing.laws import Contract, Finding, Law, Status, examine, law
 from tangram.testing.strategies import batches, configs, curves, hidden, presets, seeds
 from tangram.testing.tolerance import assert_close, assert_same_gradients, tolerance
@@ -10,6 +11,7 @@ __all__ = [
     "Contract",
     "Finding",
     "Law",
+    "PrecisionContract",
     "Status",
     "assert_close",
     "assert_same_gradients",

@@ -3,14 +3,19 @@
 import pytest
 from builders import SMALL_MLA
 
-from tangram.testing import AttentionContract, Contract, Law, Status, examine
+from tangram.plugins.precision.full import FullConfig
+from tangram.testing import AttentionContract, Contract, Law, PrecisionContract, Status, examine
 
 
 class MLA(AttentionContract):
     config = SMALL_MLA
 
 
-TRIED: list[type[Contract]] = [MLA]
+class Full(PrecisionContract):
+    config = FullConfig(compute="bfloat16")
+
+
+TRIED: list[type[Contract]] = [MLA, Full]
 """A component for each slot, of which the mutants are made."""
 
 KILLS = [
