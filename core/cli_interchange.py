@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from tangram.core.parameters import Files
-from tangram.core.terminal import OK, refuse, say
+from tangram.core.terminal import OK, fail, refuse, say
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -20,6 +20,7 @@ def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = F
     """
     from tangram.core.context import BuildError
     from tangram.core.deepseek_format import FormatError
+    from tangram.core.interchange import FullDiskError
     from tangram.core.interchange import export as write
     from tangram.core.weight_folder import InterchangeError
 
@@ -33,6 +34,8 @@ def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = F
         return refuse(str(error))
     except FormatError as error:
         return refuse(f"{run / 'experiment.yaml'}: {error}")
+    except FullDiskError as error:
+        return fail(str(error))
     files = "one file" if written.files == 1 else f"{written.files} files"
     say(f"{folder}: step {written.step} of {run}, {written.parameters:,} numbers in {files}")
     say("with its tokenizer" if written.tokenizer else "without a tokenizer: the run was trained on no text")
@@ -49,7 +52,7 @@ def import_(folder: Path, /, *overrides: str, out: Path | None = None, plugin: F
     """
     from tangram.core.context import BuildError
     from tangram.core.deepseek_format import FormatError
-    from tangram.core.interchange import import_model
+    from tangram.core.interchange import FullDiskError, import_model
     from tangram.core.tensor_file import TensorFileError
     from tangram.core.weight_folder import InterchangeError
 
@@ -60,6 +63,8 @@ def import_(folder: Path, /, *overrides: str, out: Path | None = None, plugin: F
         return refuse(str(error))
     except FormatError as error:
         return refuse(f"{folder / 'config.json'}: {error}")
+    except FullDiskError as error:
+        return fail(str(error))
     depth = f"with {read.depth} further tokens predicted" if read.depth else "without multi-token prediction"
     say(f"{directory}: a run of {folder} that has taken no step, {depth}")
     if not read.tokenizer:

@@ -11,6 +11,7 @@ import torch
 from attrs import asdict, frozen
 
 from tangram.core import checkpoint
+from tangram.core.checkpoint import CheckpointError
 from tangram.core.context import built
 from tangram.core.contracts import State, Stateful, Tokenizer
 from tangram.core.deepseek_config import BLOCK, read_config, read_tile, write_config
@@ -63,9 +64,18 @@ class Read:
     tokenizer: bool
 
 
+class FullDiskError(Exception):
+    """A folder could not be written: the disk is full, or refuses; the message says what is wrong."""
+
+
 @contextmanager
 def _filling(folder: Path) -> Iterator[None]:
-    """Give a new or empty folder to fill; if that fails, nothing of it is left."""
+    """Give a new or empty folder to fill; if that fails, nothing of it is left.
+
+    Raises:
+        InterchangeError: It is there, and holds something.
+        FullDiskError: It could not be written.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InterchangeError(f"{folder} is there already, and not an empty folder; choose another")
     try:
@@ -73,8 +83,10 @@ def _filling(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InterchangeError(f"{folder} could not be filled: {error}") from error
+        if isinstance(error, OSError | CheckpointError):
+            why = error.__cause__ or error  # a checkpoint's own message speaks of others before it
+            text = getattr(why, "strerror", None) or str(why)
+            raise FullDiskError(f"{folder} could not be written: {text}; nothing of it is left") from error
         raise
 
 
@@ -103,6 +115,7 @@ def export(
         InterchangeError: There is no such run, its weights are not those of its preset, or the folder is not empty.
         FormatError: The format cannot say this model.
         CheckpointError: No checkpoint is whole.
+        FullDiskError: The folder could not be written.
         BuildError: The data, which has the tokenizer, cannot be built.
     """
     if not (run / RUN_PRESET).exists():
@@ -212,8 +225,10 @@ def import_model(folder: Path, out: Path, overrides: Sequence[str] = (), *, plug
             another shape, with its file; an override changes the model.
         FormatError: The config says what we do not compute.
         ConfigError: An override is wrong.
+        FullDiskError: The run directory could not be written.
         BuildError: The data cannot be built, with this tokenizer for example.
     """
+    _refuse_what_is_no_model(folder)
     config = read_json(folder / "config.json")
     with ExitStack() as stack:
         weights = WeightFolder(folder, stack, read_tile(config))
@@ -228,6 +243,17 @@ def import_model(folder: Path, out: Path, overrides: Sequence[str] = (), *, plug
             shutil.copyfile(tokenizer, out / TOKENIZER)
         _write_run(out, experiment, weights, wanted)
     return Read(experiment, shape.depth, tokenizer.exists())
+
+
+def _refuse_what_is_no_model(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InterchangeError(f"{folder} is no folder")
+    if (folder / RUN_PRESET).exists():
+        raise InterchangeError(
+            f"{folder} is a run already; `tangram export {folder} DIR` makes of it what can be imported"
+        )
+    if not (folder / "config.json").exists():
+        raise InterchangeError(f"{folder} has no config.json, so it is no model in the format of DeepSeek-V3")
 
 
 def _experiment(

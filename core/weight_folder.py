@@ -14,6 +14,7 @@ from tangram.core.deepseek_format import SCALE, Piece
 from tangram.core.tensor_file import Spec, TensorReader
 from tangram.kernels import dequantize
 
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _HELD = 1 << 24
@@ -73,11 +74,22 @@ class WeightFolder:
 
     def _names(self) -> list[str]:
         if not (self._folder / INDEX).exists():
-            return ["model.safetensors"]
+            if not (self._folder / WHOLE).exists():
+                raise InterchangeError(f"{self._folder} has no {WHOLE} and no {INDEX}{self._pickles()}")
+            return [WHOLE]
         places = read_json(self._folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise InterchangeError(f"{self._folder / INDEX} has no weight_map from tensors to files")
-        return sorted(set(places.values()))
+        names = sorted(set(places.values()))
+        missing = [name for name in names if not (self._folder / name).exists()]
+        if missing:
+            count = f"{len(missing)} of the {len(names)} files that {INDEX} names"
+            raise InterchangeError(f"{self._folder / missing[0]} is missing: {count} must be got first")
+        return names
+
+    def _pickles(self) -> str:
+        found = sorted(path.name for path in self._folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        return f"; {found[0]} may hold a pickle, which can run code, and is not read" if found else ""
 
     def depth(self, n_layers: object) -> int:
         """Return how many layers there are beyond the `n_layers` of the trunk."""

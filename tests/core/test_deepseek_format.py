@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attacks import Trap, files_of_at_most
 from released import CASES, saved
 from safetensors.torch import load_file, save_file
 from tiny import tiny
@@ -233,7 +234,7 @@ def test_broken_files_are_named(original, tmp_path, refused):
     second.write_bytes(content[:-5])
     assert f"{second}: no whole safetensors file" in refused("import", shards, "--out", tmp_path / "run")
     second.unlink()
-    assert f"{second}: No such file" in refused("import", shards, "--out", tmp_path / "run")
+    assert f"{second} is missing: 1 of the " in refused("import", shards, "--out", tmp_path / "run")
     (shards / "model.safetensors.index.json").write_text('{"weight_map": []}')
     assert "index.json has no weight_map" in refused("import", shards, "--out", tmp_path / "run")
     whole = copied(original / "whole", tmp_path / "whole")
@@ -243,6 +244,42 @@ def test_broken_files_are_named(original, tmp_path, refused):
         assert f"{whole / 'config.json'}" in message
         assert why in message
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_model_is_told_apart(original, tmp_path, refused):
+    assert "nowhere is no folder" in refused("import", tmp_path / "nowhere", "--out", tmp_path / "run")
+    assert "is a run already; `tangram export" in refused("import", original / "run", "--out", tmp_path / "run")
+    folder = copied(original / "whole", tmp_path / "there")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = refused("import", folder, "--out", tmp_path / "run")
+    assert "there has no model.safetensors and no model.safetensors.index.json; pytorch_model.bin may" in message
+    (folder / "config.json").unlink()
+    assert "there has no config.json" in refused("import", folder, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_in_the_place_of_any_file_is_refused_and_executes_nothing(original, tmp_path, refused):
+    for name in ("config.json", "model.safetensors"):
+        folder = copied(original / "whole", tmp_path / name)
+        torch.save({"weights": Trap(tmp_path / "sprung")}, folder / name)
+        assert name in refused("import", folder, "--out", tmp_path / "run")
+    assert not (tmp_path / "sprung").exists()
+    torch.load(tmp_path / "config.json/config.json", weights_only=False)
+    assert (tmp_path / "sprung").exists()  # the trap is one
+
+
+@pytest.mark.parametrize("room", [0, 4000, 30_000])
+def test_a_full_disk_is_a_failure_that_leaves_nothing(room, original, tmp_path, capsys):
+    out = tmp_path / "x"
+    for command in (["export", original / "run", out], ["import", original / "whole", "--out", out]):
+        with files_of_at_most(room), pytest.raises(SystemExit) as exited:
+            main([str(argument) for argument in command])
+        assert exited.value.code == 1
+        err = capsys.readouterr().err
+        assert f"{out} could not be written: " in err
+        assert "nothing of it is left" in err
+        assert "Traceback" not in err
+        assert not out.exists()
 
 
 def test_folders_that_hold_something_are_left_alone(original, tmp_path, refused):

@@ -1,17 +1,16 @@
 """What lies on a disk may rot, be cut off, not fit, or be hostile: it is noticed, and nothing else is lost."""
 
 import json
-import os
 import pickle
 import random
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from attacks import Trap, files_of_at_most
 from runs import ended, training, write_preset
 from tiny import tiny
 
@@ -83,17 +82,6 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(run: Path) -> None:
     assert len(list(run.glob("checkpoints/*"))) == 3
 
 
-@contextmanager
-def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """No file of this process can grow past so many bytes: what a full disk looks like to a writer."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_disk_that_fills_up_at_any_byte_leaves_the_checkpoint_before_whole(run: Path) -> None:
     root = run / "checkpoints"
     files, state = contents(root / "step-6")
@@ -125,16 +113,6 @@ def test_a_run_that_finds_the_disk_full_says_so_and_exits_with_1(tmp_path: Path)
     assert code == 1, said
     assert "step-2 could not be written: " in said
     assert "Traceback" not in said
-
-
-class Trap:
-    """What a hostile pickle does when it is loaded."""
-
-    def __init__(self, sprung: Path) -> None:
-        self.sprung = sprung
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.sprung),)
 
 
 @pytest.mark.parametrize("dressed", ["pickle", "torch"])
