@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_
+from attrs.validators import ge, gt, in_, le
 from torch import nn
 
 from tangram.core.registry import component
@@ -39,8 +39,8 @@ class AdamWConfig:
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = field(default=1e-8, validator=gt(0.0))
-    weight_decay: float = field(default=0.1, validator=ge(0.0))
+    eps: float = field(default=1e-8, validator=[gt(0.0), le(1.0)])
+    weight_decay: float = field(default=0.1, validator=[ge(0.0), le(100.0)])
     moments: Literal["float32", "bfloat16"] = field(default="float32", validator=in_(("float32", "bfloat16")))
 
     def __attrs_post_init__(self) -> None:

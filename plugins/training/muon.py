@@ -6,7 +6,7 @@ from typing import overload
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt, lt
+from attrs.validators import ge, gt, le, lt
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -40,13 +40,13 @@ class MuonConfig:
             (one dimension) and stacks of experts (three) it always steps.
     """
 
-    ratio: float = field(default=1.0, validator=gt(0.0))
+    ratio: float = field(default=1.0, validator=[ge(0.01), le(100.0)])
     momentum: float = field(default=0.95, validator=[ge(0.0), lt(1.0)])
     nesterov: bool = True
     steps: int = field(default=5, validator=gt(0))
-    weight_decay: float = field(default=0.1, validator=ge(0.0))
+    weight_decay: float = field(default=0.1, validator=[ge(0.0), le(100.0)])
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = field(default=1e-8, validator=gt(0.0))
+    eps: float = field(default=1e-8, validator=[gt(0.0), le(1.0)])
     adamw_for: tuple[str, ...] = ("embedding", "head", "centroids")
 
     def __attrs_post_init__(self) -> None:
