@@ -1,8 +1,11 @@
 """The conformance kit: the laws of every slot, strategies that draw valid inputs, and derived tolerances."""
 
 from tangram.testing.contracts.attention import AttentionContract
+from tangram.testing.contracts.optimizer import OptimizerContract
 from tangram.testing.contracts.precision import PrecisionContract
+from tangram.testing.contracts.router import RouterContract
 from tangram.testing.laws import Contract, Finding, Law, Status, examine, law
+from tangram.testing.routed import contexts, routings
 from tangram.testing.strategies import batches, configs, curves, hidden, presets, seeds
 from tangram.testing.tolerance import assert_close, assert_same_gradients, tolerance
 
@@ -11,17 +14,21 @@ __all__ = [
     "Contract",
     "Finding",
     "Law",
+    "OptimizerContract",
     "PrecisionContract",
+    "RouterContract",
     "Status",
     "assert_close",
     "assert_same_gradients",
     "batches",
     "configs",
+    "contexts",
     "curves",
     "examine",
     "hidden",
     "law",
     "presets",
+    "routings",
     "seeds",
     "tolerance",
 ]

@@ -55,24 +55,6 @@ def test_three_steps_are_those_of_the_paper_and_norms_do_not_decay(betas, decay,
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_without_a_learning_rate_nothing_moves():
-    parameters = drawn(0)
-    before = [parameter.detach().clone() for _, parameter in parameters]
-    optimizer = AdamWConfig().build(parameters)
-    for _, parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert all(torch.equal(old, parameter) for old, (_, parameter) in zip(before, parameters, strict=True))
-
-
-@pytest.mark.parametrize("kept", [slice(0, 2), slice(2, 3)])
-def test_a_model_of_matrices_or_of_norms_alone_is_stepped_too(kept):
-    parameters = drawn(0)[kept]
-    optimizer = AdamWConfig().build(parameters)
-    stepped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in stepped} == {id(p) for _, p in parameters}
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
