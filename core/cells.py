@@ -8,6 +8,7 @@ import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -53,22 +54,29 @@ def cells_of(study: Study, folder: Path) -> list[Cell]:
     """Write the directories of all cells that have none, and return the cells as they stand, variants innermost.
 
     Raises:
-        BuildError: The data of one cannot be read.
+        ConfigError: The data of one cannot be read.
         PluginError: What one uses cannot be named for good.
     """
-    data: list[tuple[object, str]] = []  # configs cannot be hashed: some hold maps
+    known: list[tuple[object, str]] = []  # configs cannot be hashed: some hold maps
     cells = []
     for seed in study.asked.seeds:
         for variant in study.variants:
             experiment = variant.seeded(seed)
-            decides = (experiment.data, experiment.train, experiment.model.vocab_size)
-            known = next((print_ for asked, print_ in data if asked == decides), None)
-            if known is None:
-                known = built("data", experiment.data.build, *decides[1:]).fingerprint
-                data.append((decides, known))
+            data = variant.building(partial(_data, experiment, known))
             used = used_versions(experiment, study.plugins.registry)
-            cells.append(_placed(Cell(_id(experiment, known, used), variant.name, seed), experiment, folder))
+            cells.append(_placed(Cell(_id(experiment, data, used), variant.name, seed), experiment, folder))
     return cells
+
+
+def _data(experiment: Experiment, known: list[tuple[object, str]]) -> str:
+    """Return the fingerprint of the data of an experiment; `known` has those that were built before."""
+    train, vocab_size = experiment.train, experiment.model.vocab_size
+    decides = (experiment.data, train, vocab_size)
+    for asked, found in known:
+        if asked == decides:
+            return found
+    known.append((decides, built("data", experiment.data.build, train, vocab_size).fingerprint))
+    return known[-1][1]
 
 
 def _id(experiment: Experiment, data: str, used: Mapping[str, str]) -> str:

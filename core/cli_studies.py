@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,8 @@ def _foretell(ready: "Matched", paces: "Paces", launcher: "Launcher", json_: boo
     rows: list[dict[str, object]] = []
     total: float | None = 0.0
     for variant in ready.study.variants:
-        budget, pace = ready.budgets[variant.name], paces.of(variant.experiment)
+        budget = ready.budgets[variant.name]
+        pace = variant.building(partial(paces.of, variant.experiment))
         seconds = None if pace is None else pace.seconds(budget.tokens)
         total = None if total is None or seconds is None else total + seconds * seeds
         rows.append(

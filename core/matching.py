@@ -76,12 +76,11 @@ def matched(study: Study, trial: Callable[[Variant], Pace | None]) -> Matched:
         trial: Measures how fast a variant trains here; asked only where time is matched.
 
     Raises:
-        ConfigError: A residual is over `MOST`, or two variants have become one.
-        BuildError: A variant cannot be built.
+        ConfigError: A residual is over `MOST`, two variants have become one, or one cannot be built.
     """
     match, base = study.asked.match, study.base
     if match.on == "parameters":
-        target = budget_of(base.experiment).parameters
+        target = budget_of(base).parameters
         variants = [_solved(study, variant, match.by, target) for variant in study.variants[1:]]
         statement = f"Equal parameters of the main model, by solving {match.by} in every variant; and equal tokens."
     elif match.on == "flops":
@@ -101,17 +100,17 @@ def matched(study: Study, trial: Callable[[Variant], Pace | None]) -> Matched:
         statement += " Curves over tokens or steps are stretched with the run, as the differences show."
     changed = evolve(study, variants=(base, *variants))
     changed.refuse_equals()
-    budgets = {variant.name: budget_of(variant.experiment) for variant in changed.variants}
+    budgets = {variant.name: budget_of(variant) for variant in changed.variants}
     return Matched(changed, budgets, statement, _checked(changed, budgets))
 
 
-def budget_of(experiment: Experiment) -> Budget:
-    """Return what an experiment costs.
+def budget_of(variant: Variant) -> Budget:
+    """Return what a variant costs.
 
     Raises:
-        BuildError: It cannot be built.
+        ConfigError: It cannot be built.
     """
-    return Budget(tokens_of(experiment), measure(experiment))
+    return variant.building(lambda: Budget(tokens_of(variant.experiment), measure(variant.experiment)))
 
 
 def tokens_of(experiment: Experiment) -> int:
@@ -226,7 +225,7 @@ def _near(off: Callable[[int], int | None], wanted: int, low: int, high: int) ->
 
 
 def _tried(trial: Callable[[Variant], Pace | None], variant: Variant) -> float:
-    found = trial(variant)
+    found = variant.building(lambda: trial(variant))
     if found is None:
         text = f"'{variant.name}' is too large to try on this machine; match tokens, flops or parameters"
         raise ConfigError([Problem(_origin(variant), "match", text)])
@@ -234,8 +233,8 @@ def _tried(trial: Callable[[Variant], Pace | None], variant: Variant) -> float:
 
 
 def _as_many_flops(study: Study, variant: Variant) -> Variant:
-    wanted = budget_of(study.base.experiment).flops
-    here = budget_of(variant.experiment)
+    wanted = budget_of(study.base).flops
+    here = budget_of(variant)
     return _lasting(study, variant, wanted / here.flops * here.tokens / tokens_of(study.base.experiment))
 
 

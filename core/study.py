@@ -1,20 +1,23 @@
 """The study file: what is varied, what is held equal, what is measured; and the variants that it comes to."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from attrs import define, evolve, field, frozen
 from attrs.validators import matches_re, min_len
 
 from tangram.core.config import DEFAULT, ConfigError, Node, Origin, Plain, Problem, Scalar, describe, load
+from tangram.core.context import BuildError
 from tangram.core.contracts import LauncherConfig
 from tangram.core.experiment import Experiment
 from tangram.core.plugins import Plugins
 from tangram.core.presets import Resolved, difference, resolve
 from tangram.core.structuring import structure
+
+_T = TypeVar("_T")
 
 BASE = "base"
 """What the variant without a patch is called."""
@@ -90,6 +93,18 @@ class Variant:
     def experiment(self) -> Experiment:
         """What is trained, but for the seed."""
         return self.resolved.experiment
+
+    def building(self, build: Callable[[], _T]) -> _T:
+        """Call `build`, which builds something of this variant.
+
+        Raises:
+            ConfigError: A component refuses its surroundings; with the line where it was written.
+        """
+        try:
+            return build()
+        except BuildError as error:
+            origin = self.resolved.blame(error.path, error.message)
+            raise ConfigError([_in(self.name, Problem(origin, error.path, error.message))]) from error
 
     def seeded(self, seed: int) -> Experiment:
         """Return the experiment of one cell."""
@@ -189,9 +204,12 @@ def _variant(name: str, patches: tuple[Node, ...], asked: StudyFile, file: Path,
     try:
         found = resolve(asked.base, (), plugins, patches=patches, folder=file.parent)
     except ConfigError as error:
-        told = [evolve(problem, text=f"{problem.text} (in variant '{name}')") for problem in error.problems]
-        raise ConfigError(told) from None
+        raise ConfigError(_in(name, problem) for problem in error.problems) from None
     return Variant(name, patches, found)
+
+
+def _in(variant: str, problem: Problem) -> Problem:
+    return evolve(problem, text=f"{problem.text} (in variant '{variant}')")
 
 
 def _normal(tree: Node) -> Node:

@@ -178,7 +178,7 @@ def read_study_record(directory: str | Path) -> StudyRecord:
         plan = _plan(json.loads((directory / PLAN).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ReportError(f"{directory} is no study: it has no {PLAN}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{directory / PLAN} is damaged: {error}") from None
     cells = {
         variant.name: {seed: _cell(directory, variant.name, seed, id_) for seed, id_ in variant.cells.items()}

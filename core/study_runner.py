@@ -24,7 +24,7 @@ def prepare(matched: Matched, out: Path) -> list[Cell]:
     """Write the plan of a study and the directories of its cells; return the cells as they stand.
 
     Raises:
-        BuildError: The data of a cell cannot be read.
+        ConfigError: The data of a cell cannot be read.
         PluginError: A plugin has no source.
     """
     cells = cells_of(matched.study, out / "cells")

@@ -87,7 +87,7 @@ def _costs(record: StudyRecord) -> Table:
 
 def _cost(record: StudyRecord, plan: VariantPlan) -> tuple[str, ...]:
     cells = record.cells[plan.name].values()
-    seconds = [cell.seconds for cell in cells if cell.cell.state == "done" and cell.seconds is not None]
+    seconds = _seconds(record, plan.name).values()
     memory = [cell.memory for cell in cells if cell.memory is not None]
     return (
         plan.name,
@@ -95,10 +95,27 @@ def _cost(record: StudyRecord, plan: VariantPlan) -> tuple[str, ...]:
         f"{plan.active:,}",
         f"{plan.flops:.3e}",
         f"{plan.tokens:,}",
-        _shown(plan.residual, "+.2%"),
+        _shown(_residual(record, plan), "+.2%"),
         _shown(sum(seconds) / len(seconds) if seconds else None, ",.1f"),
         _shown(sum(memory) / len(memory) / 2**20 if memory else None, ",.0f"),
     )
+
+
+def _residual(record: StudyRecord, plan: VariantPlan) -> float | None:
+    """Return what is left of the difference in what is matched: of time what was measured, over pairs of runs."""
+    if record.plan.match != "time":
+        return plan.residual
+    base, here = (_seconds(record, name) for name in (record.plan.variants[0].name, plan.name))
+    shared = base.keys() & here.keys()
+    if plan.name == record.plan.variants[0].name or not shared:
+        return None
+    return sum(here[seed] for seed in shared) / sum(base[seed] for seed in shared) - 1
+
+
+def _seconds(record: StudyRecord, variant: str) -> dict[int, float]:
+    cells = record.cells[variant].items()
+    known = {seed: cell.seconds for seed, cell in cells if cell.cell.state == "done"}
+    return {seed: seconds for seed, seconds in known.items() if seconds is not None}
 
 
 def _values(record: StudyRecord) -> Table:

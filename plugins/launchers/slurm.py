@@ -62,7 +62,7 @@ class Slurm:
         from submitit.helpers import as_completed
 
         executor = submitit.AutoExecutor(folder=folder, cluster=self.config.cluster)
-        executor.update_parameters(**self._parameters())
+        executor.update_parameters(**self.parameters())
         with executor.batch():
             submitted = [executor.submit(_Run(job.command, self.threads)) for job in jobs]
         names = {id(task): job for task, job in zip(submitted, jobs, strict=True)}
@@ -76,7 +76,8 @@ class Slurm:
             for task in left:
                 task.wait()
 
-    def _parameters(self) -> dict[str, object]:
+    def parameters(self) -> dict[str, object]:
+        """Return what submitit is asked for, by its names."""
         asked: dict[str, object] = {
             "name": "tangram",
             "cpus_per_task": self.config.cpus,

@@ -67,17 +67,15 @@ def test_parameters_are_matched_by_solving_the_field(tmp_path: Path) -> None:
         {"seeds: 3": f"seeds: 3\nmatch: {by}", WIDE: HEADS},
         preset={"dim: 8": "dim: 32", "hidden: 8": "hidden: 64"},
     )
-    target = budget_of(before.base.experiment).parameters
-    assert abs(budget_of(before.variants[1].experiment).parameters / target - 1) > MOST
+    target = budget_of(before.base).parameters
+    assert abs(budget_of(before.variants[1]).parameters / target - 1) > MOST
     found = matched(before, never)
     assert abs(found.residuals["heads"]) <= MOST
-    assert found.residuals["heads"] == budget_of(variant_of(found).experiment).parameters / target - 1
+    assert found.residuals["heads"] == budget_of(variant_of(found)).parameters / target - 1
     hidden = variant_of(found).experiment.model.blocks[0].feedforward.hidden
     for other in (hidden - 1, hidden + 1):
         tried = before.with_patch(before.variants[1], _hidden(other))
-        assert abs(budget_of(tried.experiment).parameters - target) >= abs(
-            budget_of(variant_of(found).experiment).parameters - target
-        )
+        assert abs(budget_of(tried).parameters - target) >= abs(budget_of(variant_of(found)).parameters - target)
     assert found.study.differences()["heads"]["model.block.feedforward.hidden"] == (64, hidden)
 
 
@@ -116,7 +114,7 @@ def test_operations_are_matched_by_tokens_and_the_curves_go_with_them(tmp_path: 
         {"seeds: 3": "seeds: 3\nmatch: flops"},
         preset={"tokens: 48": "tokens: 48000", "until: 24": "until: 24000"},
     )
-    before = {variant.name: budget_of(variant.experiment) for variant in long.variants}
+    before = {variant.name: budget_of(variant) for variant in long.variants}
     found = matched(long, never)
     wide = variant_of(found).experiment
     ratio = before["base"].flops / before["wide"].flops
