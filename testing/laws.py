@@ -99,6 +99,11 @@ class Mutated:
         return self.mutant(self.config.build(*args, **kwargs))
 
 
+def written(config: Any) -> Any:
+    """Return the config as its author wrote it, also of a mutant."""
+    return config.config if isinstance(config, Mutated) else config
+
+
 class Contract:
     """The laws of a slot. A subclass gives `config`, and may say which laws are known to fail, with the reason.
 

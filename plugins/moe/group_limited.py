@@ -2,7 +2,7 @@
 
 import torch
 from attrs import field, frozen
-from attrs.validators import gt, in_
+from attrs.validators import ge, gt, in_, le
 from torch import Tensor
 
 from tangram.core.context import Context
@@ -12,7 +12,7 @@ from tangram.core.registry import component
 from tangram.plugins.moe.affinity import Centroids, Score, routing
 
 
-@component("router", use="group_limited")
+@component("router", use="group_limited", capabilities=["groups", "normalised"])
 @frozen(kw_only=True)
 class GroupLimitedConfig:
     """Choose the best groups of experts first (each on one node), then the best experts inside them.
@@ -31,7 +31,7 @@ class GroupLimitedConfig:
     n_groups: int = field(default=1, validator=gt(0))
     top_groups: int = field(default=1, validator=gt(0))
     normalise: bool = True
-    gate_scale: float = field(default=1.0, validator=gt(0.0))
+    gate_scale: float = field(default=1.0, validator=[ge(1e-3), le(1e3)])  # beyond, gates leave float32's range
 
     def __attrs_post_init__(self) -> None:
         if self.top_groups > self.n_groups:

@@ -12,7 +12,7 @@ from tangram.core.registry import component
 from tangram.plugins.moe.affinity import Centroids, Score, routing
 
 
-@component("router", use="top_k")
+@component("router", use="top_k", capabilities=["normalised"])
 @frozen(kw_only=True)
 class TopKConfig:
     """Choose the experts of highest affinity among all.

@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 
 from tangram.testing.contracts.attention import AttentionContract
+from tangram.testing.contracts.router import RouterContract
 from tangram.testing.laws import Contract
 
-CONTRACTS: Mapping[str, type[Contract]] = {contract.slot: contract for contract in (AttentionContract,)}
+CONTRACTS: Mapping[str, type[Contract]] = {
+    contract.slot: contract
+    for contract in (
+        AttentionContract,
+        RouterContract,
+    )
+}
 """The contract of each slot that has laws."""

@@ -1,11 +1,10 @@
-"""Both routers against the paper's equations (arXiv:2412.19437, 12 to 16), and what any router owes."""
+"""Both routers against the paper's equations (arXiv:2412.19437, 12 to 16), and what they refuse."""
 
-from typing import cast
+import math
 
 import pytest
 import torch
-from attrs import evolve
-from builders import assert_same_function, route
+from builders import CONDITION, assert_same_function, route
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +13,7 @@ from tangram.core.contracts import Router, RouterConfig
 from tangram.core.records import Routing
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.moe.top_k import TopKConfig
-from tangram.testing import assert_close, seeds
+from tangram.testing import seeds
 from tangram.testing.samples import context, filled, normal
 
 DIM = 5
@@ -46,10 +45,6 @@ def plain(draw: st.DrawFn) -> tuple[TopKConfig, int]:
     n_experts = draw(st.integers(1, 8))
     config = TopKConfig(top_k=draw(st.integers(1, n_experts)), score=draw(SCORES), normalise=draw(st.booleans()))
     return config, n_experts
-
-
-def routers() -> st.SearchStrategy[tuple[RouterConfig, int]]:
-    return cast(st.SearchStrategy[tuple[RouterConfig, int]], grouped() | plain())
 
 
 def built(config: RouterConfig, n_experts: int, seed: int = 0) -> Router:
@@ -84,11 +79,11 @@ def compare(router: Router, config: GroupLimitedConfig, bias: Tensor, seed: int)
     routing = router(x, bias)
     ids, gates, means = papers(x, centroids, bias, config)
     assert torch.equal(routing.ids.sort(1).values, ids)
-    assert_same_function(dense(routing, len(bias)), gates, wrt, length=LENGTH, seed=seed)
+    # Behind the division by their sum, gates of a token that chose little affinity keep less of their digits.
+    least = float(router.get_submodule("centroids")(x).flatten(0, 1).gather(1, routing.ids).sum(1).min())
+    length = math.ceil(LENGTH * max(1.0, 1 / (CONDITION * least)) ** 2)
+    assert_same_function(dense(routing, len(bias)), gates, wrt, length=length, seed=seed)
     assert_same_function(routing.stats.affinity, means, wrt, length=LENGTH, seed=seed + 1)
-
-
-# --- against the paper -----------------------------------------------------------------------------
 
 
 @given(drawn=grouped(), level=st.sampled_from((0.0, -3.0, -100.0, 100.0)), seed=seeds())
@@ -104,127 +99,7 @@ def test_plain_routing_is_the_papers_with_one_group(drawn, level, seed):
     compare(built(config, n_experts, seed), same, biases(n_experts, level, seed + 2), seed)
 
 
-# --- laws ------------------------------------------------------------------------------------------
-
-
-@given(drawn=routers(), level=st.sampled_from((0.0, -50.0)), seed=seeds())
-def test_experts_are_distinct_and_every_choice_is_counted(drawn, level, seed):
-    config, n_experts = drawn
-    router = built(config, n_experts)
-    routing = router(normal(2, 5, DIM, seed=seed), biases(n_experts, level, seed + 1))
-    ids, stats = routing.ids, routing.stats
-    assert ids.shape == routing.gates.shape == (10, router.top_k)
-    assert all(len(set(row)) == router.top_k for row in ids.tolist())
-    assert int(ids.min()) >= 0
-    assert int(ids.max()) < n_experts
-    assert torch.equal(stats.ids.flatten(0, 1), ids)
-    assert stats.load.dtype == stats.top.dtype == torch.int64
-    for row in range(2):
-        counts = torch.bincount(stats.ids[row].flatten(), minlength=n_experts)
-        assert torch.equal(stats.load[row], counts)
-        assert int(counts.sum()) == int(stats.top[row].sum()) == 5 * router.top_k
-
-
-@given(drawn=routers(), seed=seeds())
-def test_the_bias_moves_who_is_chosen_and_never_how_much(drawn, seed):
-    config, n_experts = drawn
-    config = evolve(config, normalise=False)
-    everyone = evolve(config, top_k=n_experts)
-    if isinstance(everyone, GroupLimitedConfig):
-        everyone = evolve(everyone, top_groups=everyone.n_groups)
-    x, bias = normal(1, 6, DIM, seed=seed), biases(n_experts, -1.0, seed + 1)
-    affinity = dense(built(everyone, n_experts)(x, torch.zeros(n_experts)), n_experts)
-    biased = built(config, n_experts)(x, bias)
-    assert torch.equal(biased.gates, affinity.gather(1, biased.ids))
-
-
-@given(drawn=routers(), seed=seeds())
-def test_normalised_gates_sum_to_the_scale(drawn, seed):
-    config, n_experts = drawn
-    config = evolve(config, normalise=True)
-    scale = config.gate_scale if isinstance(config, GroupLimitedConfig) else 1.0
-    gates = built(config, n_experts)(normal(1, 6, DIM, seed=seed), biases(n_experts, 0.0, seed)).gates
-    assert_close(gates.sum(1), torch.full((6,), scale, dtype=torch.float64), length=n_experts + 2)
-    assert bool((gates > 0).all())
-
-
-@given(drawn=grouped(), level=st.sampled_from((0.0, -2.0, -100.0)), seed=seeds())
-def test_an_excluded_group_is_never_chosen_even_when_every_score_is_negative(drawn, level, seed):
-    config, n_experts = drawn
-    routing = built(config, n_experts)(normal(2, 4, DIM, seed=seed), biases(n_experts, level, seed + 1))
-    groups = routing.ids // (n_experts // config.n_groups)
-    assert all(len(set(row)) <= config.top_groups for row in groups.tolist())
-
-
-@given(drawn=routers(), seed=seeds())
-def test_a_favoured_expert_is_always_chosen_and_a_shunned_one_only_for_want_of_others(drawn, seed):
-    config, n_experts = drawn
-    router, x = built(config, n_experts), normal(1, 6, DIM, seed=seed)
-    bias = torch.zeros(n_experts)
-    expert = seed % n_experts
-    bias[expert] = 1e3
-    assert bool((router(x, bias).ids == expert).any(1).all())
-    bias[expert] = -1e3
-    grouped_away = isinstance(config, GroupLimitedConfig) and config.n_groups > 1
-    if router.top_k < n_experts and not grouped_away:
-        assert not bool((router(x, bias).ids == expert).any())
-
-
-@given(drawn=routers(), seed=seeds())
-def test_a_bias_equal_for_all_changes_nothing(drawn, seed):
-    config, n_experts = drawn
-    router, x = built(config, n_experts), normal(1, 6, DIM, seed=seed)
-    one, other = (dense(router(x, torch.full((n_experts,), level)), n_experts) for level in (0.0, -8.0))
-    assert torch.equal(one, other)
-
-
-@given(drawn=routers(), seed=seeds())
-def test_what_the_unbiased_affinities_would_choose_ignores_bias_and_groups(drawn, seed):
-    config, n_experts = drawn
-    router, x = built(config, n_experts), normal(2, 5, DIM, seed=seed)
-    one, other = (router(x, biases(n_experts, 0.0, seed + i)).stats.top for i in (1, 2))
-    assert torch.equal(one, other)
-    unlimited = built(TopKConfig(top_k=router.top_k, score="sigmoid"), n_experts)
-    wanted = unlimited(x, torch.zeros(n_experts)).stats.load  # both scores grow with the product
-    assert torch.equal(one, wanted)
-
-
-@given(drawn=routers(), seed=seeds())
-def test_mean_affinities_are_a_distribution(drawn, seed):
-    config, n_experts = drawn
-    affinity = built(config, n_experts)(normal(2, 5, DIM, seed=seed), torch.zeros(n_experts)).stats.affinity
-    assert affinity.shape == (2, n_experts)
-    assert_close(affinity.sum(1), torch.ones(2, dtype=torch.float64), length=n_experts + 5)
-
-
-@given(drawn=routers(), seed=seeds())
-def test_a_token_is_routed_by_itself(drawn, seed):
-    config, n_experts = drawn
-    router, x, bias = built(config, n_experts), normal(2, 4, DIM, seed=seed), biases(n_experts, 0.0, seed)
-    whole = dense(router(x, bias), n_experts)
-    apart = [dense(router(token.view(1, 1, DIM), bias), n_experts) for token in x.flatten(0, 1)]
-    assert_close(whole, torch.cat(apart), length=LENGTH)
-
-
-@pytest.mark.parametrize("config", [GroupLimitedConfig(top_k=2), TopKConfig(top_k=2)])
-def test_affinities_are_float32_at_least_whatever_the_model_computes_in(config):
-    router = config.build(context(DIM, compute=torch.bfloat16), 4)
-    x = normal(1, 3, DIM, seed=0, dtype=torch.bfloat16)
-    routing = router(x, torch.zeros(4))
-    assert routing.gates.dtype == routing.stats.affinity.dtype == torch.float32
-    wide = config.build(context(DIM, compute=torch.float32), 4)
-    wide.load_state_dict(router.state_dict())
-    assert torch.equal(routing.gates, wide(x.float(), torch.zeros(4)).gates)
-
-
-@pytest.mark.parametrize("config", [GroupLimitedConfig(top_k=1), TopKConfig(top_k=1)])
-def test_the_same_seed_gives_the_same_centroids(config):
-    outs = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        outs.append(config.build(context(DIM), 4).get_parameter("centroids.weight"))
-    assert torch.equal(outs[0], outs[1])
-    assert not torch.equal(outs[0], outs[2])
+# --- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

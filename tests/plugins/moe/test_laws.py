@@ -1,0 +1,21 @@
+"""Routers, balancers, dispatchers and feed-forwards keep the laws of their slots."""
+
+from tangram.plugins.moe.group_limited import GroupLimitedConfig
+from tangram.plugins.moe.top_k import TopKConfig
+from tangram.testing import RouterContract
+
+
+class TestGroupLimited(RouterContract):
+    config = GroupLimitedConfig(top_k=3, n_groups=3, top_groups=2, gate_scale=2.5)
+
+
+class TestGroupLimitedBySoftmax(RouterContract):
+    config = GroupLimitedConfig(top_k=2, score="softmax", n_groups=2, normalise=False)
+
+
+class TestTopK(RouterContract):
+    config = TopKConfig(top_k=2)
+
+
+class TestTopOneBySigmoid(RouterContract):
+    config = TopKConfig(top_k=1, score="sigmoid", normalise=False)
