@@ -1,6 +1,7 @@
 """The conformance kit: the laws of every slot, strategies that draw valid inputs, and derived tolerances."""
 
 from tangram.testing.contracts.attention import AttentionContract
+from tangram.testing.contracts.guard import GuardContract
 from tangram.testing.contracts.optimizer import OptimizerContract
 from tangram.testing.contracts.precision import PrecisionContract
 from tangram.testing.contracts.router import RouterContract
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionContract",
     "Contract",
     "Finding",
+    "GuardContract",
     "Law",
     "OptimizerContract",
     "PrecisionContract",

@@ -6,9 +6,11 @@ from builders import SMALL_MLA
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.precision.full import FullConfig
 from tangram.plugins.training.adamw import AdamWConfig
+from tangram.plugins.training.guards import SkipConfig
 from tangram.testing import (
     AttentionContract,
     Contract,
+    GuardContract,
     Law,
     OptimizerContract,
     PrecisionContract,
@@ -34,7 +36,11 @@ class AdamW(OptimizerContract):
     config = AdamWConfig()
 
 
-TRIED: list[type[Contract]] = [MLA, GroupLimited, Full, AdamW]
+class Skip(GuardContract):
+    config = SkipConfig(limit=2)
+
+
+TRIED: list[type[Contract]] = [MLA, GroupLimited, Full, AdamW, Skip]
 """A component for each slot, of which the mutants are made."""
 
 TRIES = {

@@ -1,8 +1,9 @@
 """The optimizers and the guards keep the laws of their slots."""
 
 from tangram.plugins.training.adamw import AdamWConfig
+from tangram.plugins.training.guards import RaiseConfig, RollbackConfig, SkipConfig
 from tangram.plugins.training.muon import MuonConfig
-from tangram.testing import OptimizerContract
+from tangram.testing import GuardContract, OptimizerContract
 
 
 class TestAdamW(OptimizerContract):
@@ -23,3 +24,23 @@ class TestMuon(OptimizerContract):
 
 class TestAnyMuon(OptimizerContract):
     config = MuonConfig
+
+
+class TestRaise(GuardContract):
+    config = RaiseConfig()
+
+
+class TestSkip(GuardContract):
+    config = SkipConfig(limit=2)
+
+
+class TestRollback(GuardContract):
+    config = RollbackConfig(window=3, limit=1)
+
+
+class TestAnySkip(GuardContract):
+    config = SkipConfig
+
+
+class TestAnyRollback(GuardContract):
+    config = RollbackConfig
