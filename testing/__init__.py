@@ -3,6 +3,7 @@
 from tangram.testing.contracts.attention import AttentionContract
 from tangram.testing.contracts.guard import GuardContract
 from tangram.testing.contracts.optimizer import OptimizerContract
+from tangram.testing.contracts.pipeline import PipelineContract
 from tangram.testing.contracts.precision import PrecisionContract
 from tangram.testing.contracts.router import RouterContract
 from tangram.testing.laws import Contract, Finding, Law, Status, examine, law
@@ -17,6 +18,7 @@ __all__ = [
     "GuardContract",
     "Law",
     "OptimizerContract",
+    "PipelineContract",
     "PrecisionContract",
     "RouterContract",
     "Status",

@@ -36,7 +36,8 @@ class Step:
         try:
             verdict = guard.judge(result, GradientNorm(self.norm, broken))
         except NonFiniteError as error:
-            assert str(error), "it stops the run and does not say why"
+            if not str(error):
+                raise AssertionError("it stops the run and does not say why") from error
             return "stop"
         assert verdict is not Verdict.ROLLBACK or guard.rolls_back, "it asks for a rollback, and rolls_back is False"
         return verdict.value

@@ -4,6 +4,7 @@ import pytest
 from builders import SMALL_MLA
 
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
+from tangram.plugins.parallel.sequential import SequentialConfig
 from tangram.plugins.precision.full import FullConfig
 from tangram.plugins.training.adamw import AdamWConfig
 from tangram.plugins.training.guards import SkipConfig
@@ -13,6 +14,7 @@ from tangram.testing import (
     GuardContract,
     Law,
     OptimizerContract,
+    PipelineContract,
     PrecisionContract,
     RouterContract,
     Status,
@@ -40,7 +42,11 @@ class Skip(GuardContract):
     config = SkipConfig(limit=2)
 
 
-TRIED: list[type[Contract]] = [MLA, GroupLimited, Full, AdamW, Skip]
+class Sequential(PipelineContract):
+    config = SequentialConfig()
+
+
+TRIED: list[type[Contract]] = [MLA, GroupLimited, Full, AdamW, Skip, Sequential]
 """A component for each slot, of which the mutants are made."""
 
 TRIES = {

@@ -1,0 +1,198 @@
+"""What every pipeline owes: a plan that works each slot once, can be run to its end, and changes no gradient."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from attrs import evolve
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tangram.core.autograd import WeightGrads
+from tangram.core.context import Context, Parallel
+from tangram.core.contracts import Pipeline
+from tangram.core.executor import Executor
+from tangram.core.layers import FullPrecision, Linear
+from tangram.core.plan import Action, Op, Plan, validate
+from tangram.core.records import Batch, Carry, Loss, Phase, Progress
+from tangram.testing.laws import Contract, law
+from tangram.testing.mutants import pipeline as mutants
+from tangram.testing.samples import documents, filled
+from tangram.testing.strategies import seeds
+from tangram.testing.tolerance import assert_close, assert_same_gradients
+
+RANKS, MICROBATCHES = range(1, 5), range(1, 9)
+"""What a pipeline is asked for; it may refuse some."""
+
+_WIDTH = 4
+_PICK = st.integers(0, len(RANKS) * len(MICROBATCHES) - 1)
+
+
+class PipelineContract(Contract):
+    """The laws of the slot `pipeline`."""
+
+    slot = "pipeline"
+    optional: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def make(cls, config: Any) -> Pipeline:
+        """Return what the config builds."""
+        pipeline: Pipeline = config.build()
+        return pipeline
+
+    def accepted(self, config: Any) -> list[tuple[int, int, Plan]]:
+        """Return ranks, micro-batches and plan of everything small that it accepts."""
+        pipeline, found = self.make(config), []
+        for ranks in RANKS:
+            for microbatches in MICROBATCHES:
+                try:
+                    found.append((ranks, microbatches, pipeline.schedule(ranks, microbatches)))
+                except ValueError:
+                    continue
+        assert found, (
+            f"it refuses every number of ranks up to {RANKS[-1]} and of micro-batches up to {MICROBATCHES[-1]}"
+        )
+        return found
+
+    @law(
+        pick=_PICK,
+        kills=[
+            mutants.drops_a_microbatch,
+            mutants.repeats_an_action,
+            mutants.goes_backward_first,
+            mutants.forgets_the_weight_gradients,
+            mutants.moves_the_stages,
+        ],
+    )
+    def every_slot_is_worked_once_in_order(self, config: Any, pick: int) -> None:
+        """Each micro-batch goes through each stage once, on its rank: forward, then backward, whole or in two parts."""
+        found = self.accepted(config)
+        ranks, _, plan = found[pick % len(found)]
+        validate(plan)
+        assert plan.trains, "nothing goes backward"
+        assert plan.ranks == ranks, f"the plan is of {plan.ranks} ranks, not {ranks}"
+        assert all(plan.actions), "a rank has nothing to do"
+
+    @law(kills=[mutants.loses_the_last_microbatch])
+    def all_micro_batches_are_in_the_plan(self, config: Any) -> None:
+        """The flows of a plan together take as many micro-batches as were asked for, and each knows its rows."""
+        for _, microbatches, plan in self.accepted(config):
+            slots = {action.slot for rank in plan.actions for action in rank}
+            taken = sorted(plan.index(slot) for slot in slots if slot.stage == 0)
+            assert taken == list(range(microbatches)), f"asked for {microbatches}, the plan takes {taken}"
+
+    @law(pick=_PICK, kills=[mutants.goes_backward_first])
+    def no_rank_waits_for_ever(self, config: Any, pick: int) -> None:
+        """Ranks that each keep to their order, and wait for what the stage before or after sends, come to the end."""
+        found = self.accepted(config)
+        _in_one_order(found[pick % len(found)][2])
+
+    @law(kills=[mutants.plans_otherwise_each_time])
+    def a_plan_depends_on_nothing_but_its_arguments(self, config: Any) -> None:
+        """The same numbers of ranks and micro-batches have the same plan."""
+        pipeline = self.make(config)
+        for ranks, microbatches, _ in self.accepted(config):
+            one, other = (pipeline.schedule(ranks, microbatches) for _ in range(2))
+            assert one == other, f"two plans of {ranks} ranks and {microbatches} micro-batches differ"
+
+    @law(ranks=st.integers(0, 9), microbatches=st.integers(0, 9), kills=[mutants.refuses_without_a_word])
+    def what_it_does_not_plan_it_refuses_and_says_why(self, config: Any, ranks: int, microbatches: int) -> None:
+        """Whatever it is asked for, it returns a valid plan, or raises a ValueError that says what does not fit."""
+        pipeline = self.make(config)
+        for asked in ((ranks, microbatches), (0, microbatches), (ranks, 0)):
+            try:
+                plan = pipeline.schedule(*asked)
+            except ValueError as error:
+                if not str(error):
+                    raise AssertionError(f"it refuses {asked} and does not say why") from error
+                continue
+            validate(plan)
+            assert plan.ranks == asked[0], f"asked for {asked[0]} ranks, the plan is of {plan.ranks}"
+            assert sum(plan.microbatches) == asked[1], f"asked for {asked[1]} micro-batches, it has {plan.microbatches}"
+
+    @law(pick=_PICK, seed=seeds(), kills=[mutants.forgets_the_weight_gradients])
+    def gradients_are_those_of_one_graph(self, config: Any, pick: int, seed: int) -> None:
+        """Run to its end, all ranks in one process, a plan leaves the loss and gradients of one graph of the batch."""
+        found = self.accepted(config)
+        _, microbatches, plan = found[pick % len(found)]
+        program = filled(_Chain(plan.stages), seed)
+        batch = _batch(microbatches, seed)
+        together = evolve(plan, place=dict.fromkeys(plan.place, 0), actions=(tuple(_in_one_order(plan)),))
+        executor = Executor(program, lambda _: together, 1, program.queue, lambda: None)
+        result = executor.run(batch, Progress())
+        actual = {name: p.grad for name, p in program.named_parameters()}
+        program.zero_grad()
+        carry = Carry()
+        for stage in range(plan.stages):
+            for phase in program.phases(stage, batch, Progress()):
+                carry = phase.fn(carry)
+        total = torch.stack([0.5 * loss.value for _, loss in carry.losses]).sum()
+        total.backward()
+        length = 20 * plan.stages * microbatches * _WIDTH
+        assert_close(torch.tensor(result.total, dtype=torch.float64), total, length=length, msg="the loss")
+        assert_same_gradients(actual, {name: p.grad for name, p in program.named_parameters()}, length=length)
+
+
+def _needs(plan: Plan, action: Action) -> list[Action]:
+    """Return what must be over before an action can be done, besides what stands before it on its rank."""
+    slot = action.slot
+    if action.op is Op.FORWARD:
+        return [Action(Op.FORWARD, evolve(slot, stage=slot.stage - 1))] if slot.stage else []
+    if action.op is Op.WEIGHT_BACKWARD:
+        return [Action(Op.INPUT_BACKWARD, slot)]
+    needed = [Action(Op.FORWARD, slot)]
+    if slot.stage + 1 < plan.stages:
+        after = evolve(slot, stage=slot.stage + 1)
+        halves = any(Action(Op.INPUT_BACKWARD, after) in rank for rank in plan.actions)
+        needed.append(Action(Op.INPUT_BACKWARD if halves else Op.BACKWARD, after))
+    return needed
+
+
+def _in_one_order(plan: Plan) -> list[Action]:
+    """Return the actions of all ranks in an order in which they can be done one after the other.
+
+    Raises:
+        AssertionError: There is none: every rank waits.
+    """
+    done: dict[Action, None] = {}
+    at = [0] * plan.ranks
+    while any(place < len(rank) for place, rank in zip(at, plan.actions, strict=True)):
+        stuck = True
+        for number, rank in enumerate(plan.actions):
+            while at[number] < len(rank) and all(need in done for need in _needs(plan, rank[at[number]])):
+                done[rank[at[number]]] = None
+                at[number] += 1
+                stuck = False
+        waiting = [str(rank[place]) for place, rank in zip(at, plan.actions, strict=True) if place < len(rank)]
+        assert not stuck, f"every rank waits: the next actions are {', '.join(waiting)}"
+    return list(done)
+
+
+class _Chain(nn.Module):
+    """A program of several stages, each a linear with a loss of its own."""
+
+    load_shape = (1, 1)
+
+    def __init__(self, n_stages: int) -> None:
+        super().__init__()
+        self.n_stages, self.queue = n_stages, WeightGrads()
+        precision = FullPrecision(torch.float64)
+        ctx = Context(dim=_WIDTH, parallel=Parallel(self.queue), precision=precision)
+        self.linears = nn.ModuleList(Linear(ctx, _WIDTH, _WIDTH) for _ in range(n_stages))
+
+    def phases(self, stage: int, batch: Batch, now: Progress) -> Sequence[Phase]:
+        def run(carry: Carry) -> Carry:
+            entry = nn.functional.one_hot(batch.tokens, _WIDTH).double() if carry.hidden is None else carry.hidden
+            hidden: Tensor = self.linears[stage](entry).tanh()
+            loss = Loss(hidden.square().sum() / batch.n_sequences)
+            return evolve(carry, hidden=hidden, losses=(*carry.losses, ("square", loss)))
+
+        return [Phase("run", "compute", run)]
+
+    def weights(self, now: Progress) -> Mapping[str, float]:
+        return {"square": 0.5}
+
+
+def _batch(n_sequences: int, seed: int) -> Batch:
+    tokens = torch.randint(_WIDTH, (n_sequences, 3), generator=torch.Generator().manual_seed(seed))
+    return Batch(tokens, tokens, *documents([[0, 0, 0]] * n_sequences), 3 * n_sequences, n_sequences)
