@@ -1,6 +1,7 @@
 """From an experiment to what a step works on."""
 
 from collections.abc import Iterator
+from itertools import repeat
 
 from attrs import evolve
 
@@ -78,14 +79,17 @@ def laid_out(experiment: Experiment) -> Iterator[int]:
     Raises:
         BuildError: There are too many.
     """
-    now, length = Progress(), experiment.train.sequence_length
-    while now.tokens < experiment.train.tokens:
-        if now.step == MOST_STEPS:
+    now, train = Progress(), experiment.train
+    while now.tokens < train.tokens:
+        sequences = sequences_at(experiment, now)
+        tokens, n_steps = sequences * train.sequence_length, 1
+        if train.batch_sequences.settled(now):  # all that are left are alike, and there may be many
+            n_steps = -(-(train.tokens - now.tokens) // tokens)
+        if now.step + n_steps > MOST_STEPS:
             message = f"takes more than {MOST_STEPS:,} steps: raise train.batch_sequences or train.sequence_length"
             raise BuildError("train.tokens", message)
-        sequences = sequences_at(experiment, now)
-        yield sequences
-        now = Progress(now.step + 1, now.tokens + sequences * length, now.sequences + sequences)
+        yield from repeat(sequences, n_steps)
+        now = Progress(now.step + n_steps, now.tokens + n_steps * tokens, now.sequences + n_steps * sequences)
 
 
 def sequences_at(experiment: Experiment, now: Progress) -> int:

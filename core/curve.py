@@ -128,6 +128,10 @@ class Curve:
             begin = piece.until.at
         raise AssertionError("the last piece has no end")
 
+    def settled(self, now: "Progress") -> bool:
+        """Return whether the last piece holds at `now`, and its value from there on."""
+        return all(piece.until is None or piece.until.reached(now) for piece in self.pieces)
+
     def stretched(self, factor: float) -> "Curve":
         """Return the curve of a run that is `factor` times as long: every end, in tokens or steps, moves with it.
 

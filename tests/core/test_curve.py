@@ -134,6 +134,7 @@ def test_each_piece_begins_exactly_at_the_end_before_and_the_last_one_stays(draw
     for piece, begin in zip(curve.pieces, begins[1:], strict=False):
         if isinstance(piece, Constant):
             assert curve(at(unit, begin - 1)) == piece.value
+    assert [curve.settled(at(unit, begin)) for begin in begins] == [False] * (len(begins) - 1) + [True]
     assert {curve(at(unit, begins[-1] + ahead)) for ahead in (0, 1, 10**6, 2**62)} == {curve.pieces[-1].value}
 
 

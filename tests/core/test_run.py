@@ -8,7 +8,7 @@ import torch
 from tiny import tiny
 
 from tangram.core import load_run
-from tangram.core.assembly import assemble, rehearse, sequences_at
+from tangram.core.assembly import MOST_STEPS, assemble, laid_out, rehearse, sequences_at
 from tangram.core.context import BuildError
 from tangram.core.contracts import NonFiniteError
 from tangram.core.evaluation import evaluate
@@ -197,3 +197,28 @@ def test_held_out_text_is_evaluated_whole_or_in_part(tmp_path: Path, monkeypatch
 def test_a_length_of_more_steps_than_anyone_takes_is_refused_at_once() -> None:
     with pytest.raises(BuildError, match="more than 1,000,000 steps"):
         rehearse(tiny("train.tokens=1.0e+15"))
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        "8",
+        "[{until: 1000, from: 2, to: 9, shape: linear}, {value: 6}]",
+        "[{until_step: 7, value: 4}, {until_step: 9, from: 4, to: 12, shape: cosine}, {value: 2}]",
+        "[{until: 10000000, from: 2, to: 9, shape: linear}, {value: 6}]",
+    ],
+)
+def test_the_steps_of_a_run_are_laid_out_as_they_are_taken(curve: str) -> None:
+    experiment = tiny(f"train.batch_sequences={curve}", "train.micro_sequences=2", "train.tokens=5000")
+    now, sizes = Progress(), list[int]()
+    while now.tokens < 5000:
+        sizes.append(sequences_at(experiment, now))
+        now = Progress(now.step + 1, now.tokens + 12 * sizes[-1], now.sequences + sizes[-1])
+    assert list(laid_out(experiment)) == sizes
+
+
+def test_as_many_steps_as_may_be_are_laid_out_and_not_one_more() -> None:
+    most = MOST_STEPS * 4 * 12
+    assert sum(laid_out(tiny(f"train.tokens={most}"))) == MOST_STEPS * 4
+    with pytest.raises(BuildError, match="more than 1,000,000 steps"):
+        list(laid_out(tiny(f"train.tokens={most + 1}")))
