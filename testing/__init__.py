@@ -1,6 +1,8 @@
 """The conformance kit: the laws of every slot, strategies that draw valid inputs, and derived tolerances."""
 
 from tangram.testing.contracts.attention import AttentionContract
+from tangram.testing.contracts.balancer import BalancerContract
+from tangram.testing.contracts.dispatcher import DispatcherContract
 from tangram.testing.contracts.guard import GuardContract
 from tangram.testing.contracts.optimizer import OptimizerContract
 from tangram.testing.contracts.pipeline import PipelineContract
@@ -13,7 +15,9 @@ from tangram.testing.tolerance import assert_close, assert_same_gradients, toler
 
 __all__ = [
     "AttentionContract",
+    "BalancerContract",
     "Contract",
+    "DispatcherContract",
     "Finding",
     "GuardContract",
     "Law",

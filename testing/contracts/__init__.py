@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from tangram.testing.contracts.attention import AttentionContract
+from tangram.testing.contracts.balancer import BalancerContract
+from tangram.testing.contracts.dispatcher import DispatcherContract
 from tangram.testing.contracts.router import RouterContract
 from tangram.testing.laws import Contract
 
@@ -10,6 +12,8 @@ CONTRACTS: Mapping[str, type[Contract]] = {
     contract.slot: contract
     for contract in (
         AttentionContract,
+        BalancerContract,
+        DispatcherContract,
         RouterContract,
     )
 }

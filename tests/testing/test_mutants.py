@@ -3,14 +3,18 @@
 import pytest
 from builders import SMALL_MLA
 
+from tangram.plugins.moe.balancers import AuxFreeConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
+from tangram.plugins.moe.local import LocalConfig
 from tangram.plugins.parallel.sequential import SequentialConfig
 from tangram.plugins.precision.full import FullConfig
 from tangram.plugins.training.adamw import AdamWConfig
 from tangram.plugins.training.guards import SkipConfig
 from tangram.testing import (
     AttentionContract,
+    BalancerContract,
     Contract,
+    DispatcherContract,
     GuardContract,
     Law,
     OptimizerContract,
@@ -30,6 +34,14 @@ class GroupLimited(RouterContract):
     config = GroupLimitedConfig(top_k=3, n_groups=3, top_groups=2, gate_scale=2.5)
 
 
+class AuxFree(BalancerContract):
+    config = AuxFreeConfig()
+
+
+class Local(DispatcherContract):
+    config = LocalConfig()
+
+
 class Full(PrecisionContract):
     config = FullConfig(compute="bfloat16")
 
@@ -46,7 +58,7 @@ class Sequential(PipelineContract):
     config = SequentialConfig()
 
 
-TRIED: list[type[Contract]] = [MLA, GroupLimited, Full, AdamW, Skip, Sequential]
+TRIED: list[type[Contract]] = [MLA, GroupLimited, AuxFree, Local, Full, AdamW, Skip, Sequential]
 """A component for each slot, of which the mutants are made."""
 
 TRIES = {

@@ -1,8 +1,11 @@
 """Routers, balancers, dispatchers and feed-forwards keep the laws of their slots."""
 
+from tangram.core.curve import Curve
+from tangram.plugins.moe.balancers import AuxFreeConfig, NoneConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
+from tangram.plugins.moe.local import LocalConfig
 from tangram.plugins.moe.top_k import TopKConfig
-from tangram.testing import RouterContract
+from tangram.testing import BalancerContract, DispatcherContract, RouterContract
 
 
 class TestGroupLimited(RouterContract):
@@ -19,3 +22,21 @@ class TestTopK(RouterContract):
 
 class TestTopOneBySigmoid(RouterContract):
     config = TopKConfig(top_k=1, score="sigmoid", normalise=False)
+
+
+class TestAuxFree(BalancerContract):
+    config = AuxFreeConfig()
+
+
+class TestAuxFreeThatSlows(BalancerContract):
+    config = AuxFreeConfig(
+        speed=Curve.parse([{"until_step": 2000, "from": 0.0, "to": 0.01, "shape": "linear"}, {"value": 0.0}])
+    )
+
+
+class TestUnbalanced(BalancerContract):
+    config = NoneConfig()
+
+
+class TestLocal(DispatcherContract):
+    config = LocalConfig()

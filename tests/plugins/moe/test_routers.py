@@ -80,7 +80,7 @@ def compare(router: Router, config: GroupLimitedConfig, bias: Tensor, seed: int)
     ids, gates, means = papers(x, centroids, bias, config)
     assert torch.equal(routing.ids.sort(1).values, ids)
     # Behind the division by their sum, gates of a token that chose little affinity keep less of their digits.
-    least = float(router.get_submodule("centroids")(x).flatten(0, 1).gather(1, routing.ids).sum(1).min())
+    least = float(router.get_submodule("centroids")(x).flatten(0, 1).gather(1, routing.ids).sum(1).detach().min())
     length = math.ceil(LENGTH * max(1.0, 1 / (CONDITION * least)) ** 2)
     assert_same_function(dense(routing, len(bias)), gates, wrt, length=length, seed=seed)
     assert_same_function(routing.stats.affinity, means, wrt, length=LENGTH, seed=seed + 1)
