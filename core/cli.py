@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from cyclopts import App, CycloptsError, Parameter
 
 from tangram.core.cli_interchange import export, import_
-from tangram.core.cli_plugins import new_plugin
+from tangram.core.cli_plugins import check_plugin, new_plugin
 from tangram.core.cli_runs import evaluate, report
 from tangram.core.cli_studies import ablate
 from tangram.core.parameters import Files, Json, Overrides
@@ -49,7 +49,7 @@ app = App(
     help_format="plaintext",  # as markdown, <name> would vanish, and its parser takes a quarter of the time
     version=_version,
     version_flags=["--version"],
-    default_parameter=Parameter(negative="", show_default=False),
+    default_parameter=Parameter(negative="", show_default=lambda value: str(value) if value else ""),
 )
 
 app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
@@ -358,10 +358,7 @@ app.command(new_plugin)
 app.command(export)
 app.command(import_, name="import")
 app.command(ablate)
-# By name: only this command needs the conformance kit, and Hypothesis with it.
-app.command(
-    "tangram.testing.command:check_plugin", name="check-plugin", help="Try on a component every law of its slot."
-)
+app.command(check_plugin)
 
 
 def _plugins(files: Sequence[Path]) -> "Plugins":

@@ -1,10 +1,10 @@
-"""The command `check-plugin`."""
+"""What the command `check-plugin` does."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from tangram.core.files import write_whole
-from tangram.core.parameters import Files, Json
 from tangram.core.plugins import Plugins
 from tangram.core.terminal import FAILED, OK, as_json, refuse, say, table
 from tangram.testing.checks import Report, as_junit, components_of, run_checks
@@ -13,38 +13,28 @@ from tangram.testing.laws import Status
 
 def check_plugin(
     name: str,
-    /,
-    *,
-    profile: Literal["ci", "full"] = "full",
-    device: str = "cpu",
-    dtype: Literal["float64", "float32", "bfloat16"] = "float64",
-    json_: Json = False,
-    junit: Path | None = None,
-    plugin: Files = (),
+    profile: Literal["ci", "full"],
+    device: str,
+    dtype: Literal["float64", "float32", "bfloat16"],
+    as_text: bool,
+    junit: Path | None,
+    files: Sequence[Path],
 ) -> int:
-    """Try every law that components of a slot owe, and print what became of each.
-
-    Args:
-        name: A component such as attention.mla, or a distribution, a plugin file or a slot, for all of theirs.
-        profile: ci tries 5 examples of each law, full 25.
-        device: Where tensors are.
-        dtype: Dtype of the products.
-        junit: A file for the result as JUnit XML.
-    """
-    plugins = Plugins.discover(plugin)
+    """Try every law that components of a slot owe, and print what became of each; return the exit code."""
+    plugins = Plugins.discover(files)
     try:
         names = components_of(name, plugins)
         reports = []
         for component in names:
             report = run_checks(component, profile=profile, device=device, dtype=dtype, plugins=plugins)
             reports.append(report)
-            if not json_:
+            if as_text:
                 _print(report)
     except ValueError as error:
         return refuse(str(error))
     if junit is not None:
         write_whole(junit, as_junit(reports))
-    if json_:
+    if not as_text:
         as_json({"components": [report.as_dict() for report in reports]})
     return OK if all(report.conforms for report in reports) else FAILED
 
