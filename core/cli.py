@@ -49,7 +49,7 @@ app = App(
     help_format="plaintext",  # as markdown, <name> would vanish, and its parser takes a quarter of the time
     version=_version,
     version_flags=["--version"],
-    default_parameter=Parameter(negative="", show_default=lambda value: str(value) if value else ""),
+    default_parameter=Parameter(negative="", show_default=False),
 )
 
 app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")

@@ -15,7 +15,7 @@ def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = F
     Args:
         run: The run directory.
         folder: Where to; new or empty.
-        shard_size: Most bytes of weights in a file: 5GB, 200MB, ...
+        shard_size: Most bytes of weights in a file, such as 200MB; 5GB by default.
         fp8: Write the linears as E4M3 with a scale for each 128 x 128 block, as the release does.
     """
     from tangram.core.context import BuildError

@@ -45,9 +45,9 @@ def check_plugin(
 
     Args:
         name: A component such as attention.mla, or a distribution, a plugin file or a slot, for all of theirs.
-        profile: ci tries 5 examples of each law, full 25.
-        device: Where tensors are.
-        dtype: Dtype of the products.
+        profile: ci tries 5 examples of each law, full 25; full by default.
+        device: Where tensors are; cpu by default.
+        dtype: Dtype of the products; float64 by default.
         junit: A file for the result as JUnit XML.
     """
     # By its name: the conformance kit stands above the core. The command line would import it for any mistyped command.
