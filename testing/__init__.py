@@ -10,6 +10,7 @@ from tangram.testing.contracts.precision import PrecisionContract
 from tangram.testing.contracts.router import RouterContract
 from tangram.testing.laws import Contract, Finding, Law, Status, examine, law
 from tangram.testing.routed import contexts, routings
+from tangram.testing.ranks import RankError, run_ranks
 from tangram.testing.strategies import batches, configs, curves, hidden, presets, seeds
 from tangram.testing.tolerance import assert_close, assert_same_gradients, tolerance
 
@@ -25,6 +26,7 @@ __all__ = [
     "PipelineContract",
     "PrecisionContract",
     "RouterContract",
+    "RankError",
     "Status",
     "assert_close",
     "assert_same_gradients",
@@ -37,6 +39,7 @@ __all__ = [
     "law",
     "presets",
     "routings",
+    "run_ranks",
     "seeds",
     "tolerance",
 ]
