@@ -3,14 +3,15 @@
 from tangram.testing.contracts.attention import AttentionContract
 from tangram.testing.contracts.balancer import BalancerContract
 from tangram.testing.contracts.dispatcher import DispatcherContract
+from tangram.testing.contracts.feedforward import FeedForwardContract
 from tangram.testing.contracts.guard import GuardContract
 from tangram.testing.contracts.optimizer import OptimizerContract
 from tangram.testing.contracts.pipeline import PipelineContract
 from tangram.testing.contracts.precision import PrecisionContract
 from tangram.testing.contracts.router import RouterContract
 from tangram.testing.laws import Contract, Finding, Law, Status, examine, law
-from tangram.testing.routed import contexts, routings
 from tangram.testing.ranks import RankError, run_ranks
+from tangram.testing.routed import contexts, routings
 from tangram.testing.strategies import batches, configs, curves, hidden, presets, seeds
 from tangram.testing.tolerance import assert_close, assert_same_gradients, tolerance
 
@@ -19,14 +20,15 @@ __all__ = [
     "BalancerContract",
     "Contract",
     "DispatcherContract",
+    "FeedForwardContract",
     "Finding",
     "GuardContract",
     "Law",
     "OptimizerContract",
     "PipelineContract",
     "PrecisionContract",
-    "RouterContract",
     "RankError",
+    "RouterContract",
     "Status",
     "assert_close",
     "assert_same_gradients",

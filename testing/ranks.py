@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 _T = TypeVar("_T")
 
@@ -40,16 +41,17 @@ def run_ranks(fn: Callable[..., _T], n: int, *args: object, timeout: float = 300
         RankError: The first error of a rank, with its traceback; or ranks did not answer in time.
     """
     spawning, call = get_context("spawn"), pickle.dumps((fn, args))
+    found: dict[int, _T]
     ranks: dict[Connection, tuple[int, BaseProcess]] = {}
     try:
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for rank in range(n):
                 mine, theirs = spawning.Pipe(duplex=False)
                 settings = (rank, n, str(Path(folder, "store")), timeout, call, theirs)
-                process = spawning.Process(target=_work, args=settings, name=f"rank-{rank}", daemon=True)
-                process.start()
+                started = spawning.Process(target=_work, args=settings, name=f"rank-{rank}", daemon=True)
+                started.start()
                 theirs.close()
-                ranks[mine] = (rank, process)
+                ranks[mine] = (rank, started)
             found = _collect(ranks, time.monotonic() + timeout, timeout)
         return [found[rank] for rank in range(n)]
     finally:
@@ -96,9 +98,7 @@ def _work(rank: int, n: int, store: str, timeout: float, call: bytes, answer: Co
     try:
         fn, args = pickle.loads(call)
         limit = timedelta(seconds=timeout)
-        distributed.init_process_group(
-            "gloo", store=distributed.FileStore(store, n), rank=rank, world_size=n, timeout=limit
-        )
+        distributed.init_process_group("gloo", store=FileStore(store, n), rank=rank, world_size=n, timeout=limit)
         answer.send_bytes(pickle.dumps((time.monotonic(), "", fn(rank, *args))))
     except BaseException:
         answer.send_bytes(pickle.dumps((time.monotonic(), traceback.format_exc(), None)))
