@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tangram.testing.contracts.attention import AttentionContract
 from tangram.testing.contracts.balancer import BalancerContract
 from tangram.testing.contracts.dispatcher import DispatcherContract
+from tangram.testing.contracts.feedforward import FeedForwardContract
 from tangram.testing.contracts.router import RouterContract
 from tangram.testing.laws import Contract
 
@@ -14,6 +15,7 @@ CONTRACTS: Mapping[str, type[Contract]] = {
         AttentionContract,
         BalancerContract,
         DispatcherContract,
+        FeedForwardContract,
         RouterContract,
     )
 }

@@ -20,7 +20,7 @@ from tangram.testing.tolerance import assert_close
 _EXPERTS = 6
 _LOADS = st.lists(st.integers(0, 40), min_size=_EXPERTS, max_size=_EXPERTS)
 
-_MOMENTS = tuple(Progress(step=step, tokens=10**6 * step) for step in (0, 1, 10, 100, 1000, 10**5, 10**7))
+MOMENTS = tuple(Progress(step=step, tokens=10**6 * step) for step in (0, 1, 10, 100, 1000, 10**5, 10**7))
 """Where its speed is looked for: a curve may begin and end at zero."""
 
 
@@ -41,8 +41,8 @@ class BalancerContract(ModuleContract):
             AssertionError: It says that it adapts, and no load ever moves it.
         """
         if not self.make(config).adaptive:
-            return _MOMENTS[0]
-        for now in _MOMENTS:
+            return MOMENTS[0]
+        for now in MOMENTS:
             module = self.make(config)
             module.update(torch.tensor([50, *[2] * (_EXPERTS - 1)]), now)
             if bool(module.bias().any()):

@@ -1,7 +1,7 @@
 """Every law kills its mutants: components with one known fault, most of which shipped somewhere."""
 
 import pytest
-from builders import SMALL_MLA
+from builders import SMALL_MLA, SMALL_MOE
 
 from tangram.plugins.moe.balancers import AuxFreeConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
@@ -15,6 +15,7 @@ from tangram.testing import (
     BalancerContract,
     Contract,
     DispatcherContract,
+    FeedForwardContract,
     GuardContract,
     Law,
     OptimizerContract,
@@ -42,6 +43,10 @@ class Local(DispatcherContract):
     config = LocalConfig()
 
 
+class MoE(FeedForwardContract):
+    config = SMALL_MOE
+
+
 class Full(PrecisionContract):
     config = FullConfig(compute="bfloat16")
 
@@ -58,7 +63,7 @@ class Sequential(PipelineContract):
     config = SequentialConfig()
 
 
-TRIED: list[type[Contract]] = [MLA, GroupLimited, AuxFree, Local, Full, AdamW, Skip, Sequential]
+TRIED: list[type[Contract]] = [MLA, GroupLimited, AuxFree, Local, MoE, Full, AdamW, Skip, Sequential]
 """A component for each slot, of which the mutants are made."""
 
 TRIES = {

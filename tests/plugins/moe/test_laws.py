@@ -1,11 +1,16 @@
 """Routers, balancers, dispatchers and feed-forwards keep the laws of their slots."""
 
+from attrs import evolve
+from builders import SMALL_MOE
+
 from tangram.core.curve import Curve
 from tangram.plugins.moe.balancers import AuxFreeConfig, NoneConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.moe.local import LocalConfig
+from tangram.plugins.moe.moe import MoEConfig
+from tangram.plugins.moe.swiglu import SwiGLUConfig
 from tangram.plugins.moe.top_k import TopKConfig
-from tangram.testing import BalancerContract, DispatcherContract, RouterContract
+from tangram.testing import BalancerContract, DispatcherContract, FeedForwardContract, RouterContract
 
 
 class TestGroupLimited(RouterContract):
@@ -40,3 +45,19 @@ class TestUnbalanced(BalancerContract):
 
 class TestLocal(DispatcherContract):
     config = LocalConfig()
+
+
+class TestMoE(FeedForwardContract):
+    config = SMALL_MOE
+
+
+class TestMoEUnbalanced(FeedForwardContract):
+    config = evolve(SMALL_MOE, n_experts=5, n_shared=0, router=TopKConfig(top_k=1), balancer=NoneConfig())
+
+
+class TestAnyMoE(FeedForwardContract):
+    config = MoEConfig
+
+
+class TestSwiGLU(FeedForwardContract):
+    config = SwiGLUConfig(hidden=3)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tangram.plugins.moe.swiglu import SwiGLU, SwiGLUConfig
-from tangram.testing import assert_close, seeds
+from tangram.testing import seeds
 from tangram.testing.samples import context, filled, normal
 
 DIM = 5
@@ -28,22 +28,6 @@ def test_values_and_gradients_are_the_equation(hidden, shape, seed):
     expected = torch.stack([paper.swiglu(token, gate_up, down) for token in x.flatten(0, 1)]).view_as(x)
     wrt = {"x": x, "gate_up": gate_up, "down": down}
     assert_same_function(module(x).hidden, expected, wrt, length=LENGTH, seed=seed)
-
-
-def test_it_sends_nothing_anywhere_and_routes_nothing():
-    module, x = built(3), normal(2, 3, DIM, seed=1)
-    routed = module.route(x)
-    assert module.dispatch(routed) is routed
-    out = module.combine(module.compute(routed))
-    assert out.stats is None
-    assert module.n_experts == 0
-    assert torch.equal(out.hidden, module(x).hidden)
-
-
-def test_a_token_is_transformed_by_itself():
-    module, x = built(4), normal(1, 6, DIM, seed=1)
-    apart = [module(x[:, i : i + 1]).hidden for i in range(6)]
-    assert_close(module(x).hidden, torch.cat(apart, 1), length=LENGTH)
 
 
 def test_all_its_parameters_are_active():
