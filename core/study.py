@@ -151,7 +151,8 @@ class Study:
             found[variant.name] = {
                 path: pair
                 for path, pair in changes.items()
-                if not (group := _GROUP.match(path)) or changes.get(f"model.block.{path[group.end() :]}") != pair
+                if pair[0] != pair[1]  # a null is as good as a key that is not there
+                and not ((group := _GROUP.match(path)) and changes.get(f"model.block.{path[group.end() :]}") == pair)
             }
         return found
 

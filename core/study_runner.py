@@ -1,7 +1,6 @@
 """A study under way: its plan is written, and every cell that is not done is given to the launcher."""
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -28,7 +27,7 @@ def prepare(matched: Matched, out: Path) -> list[Cell]:
         PluginError: A plugin has no source.
     """
     cells = cells_of(matched.study, out / "cells")
-    shutil.copyfile(matched.study.file, out / "study.yaml")
+    write_whole(out / "study.yaml", matched.study.file.read_text(encoding="utf-8"))
     write_whole(out / PLAN, json.dumps(attrs.asdict(_plan(matched, cells)), indent=1))
     return cells
 
@@ -60,7 +59,7 @@ def _plan(matched: Matched, cells: list[Cell]) -> StudyPlan:
         match=study.asked.match.on,
         statement=matched.statement,
         metrics=study.asked.metrics,
-        command=tuple(sys.argv),
+        command=("tangram", *sys.argv[1:]),
         versions=used,
         variants=tuple(variants),
     )
@@ -70,7 +69,10 @@ def run_cells(matched: Matched, cells: list[Cell], out: Path, launcher: Launcher
     """Run the cells that are not done and have not diverged, and yield each as it ends."""
     left = {cell.id: cell for cell in cells if cell.state not in ("done", "diverged")}
     plugins = [str(file) for file in matched.study.plugins.files]
-    jobs = [Job(id_, _command(out / "cells" / id_, plugins, matched.study.asked.keep_checkpoints)) for id_ in left]
+    jobs = [
+        Job(id_, _command((out / "cells" / id_).resolve(), plugins, matched.study.asked.keep_checkpoints))
+        for id_ in left
+    ]
     with closing(launcher.run(jobs, out / "logs")) as ended:
         for job, code in ended:
             yield _told(out, left[job.name], code)
