@@ -59,7 +59,7 @@ STARTERS: Mapping[str, Starter] = {
     "balancer": Starter(f"{_MOE}balancer: {{use: USE, speed: 0.01}}"),
     "dispatcher": Starter(f"{_MOE}dispatcher: {{use: USE}}"),
     "objective": Starter("objectives:\n  USE: {weight: 0.001}"),
-    "precision": Starter("precision: {use: USE, bits: 8}", "bits=8"),
+    "precision": Starter("precision: {use: USE, products: float64}"),
     "pipeline": Starter("parallel:\n  pipeline: {use: USE}"),
     "sharding": Starter("parallel:\n  sharding: {use: USE}"),
     "optimizer": Starter("optimizer: {use: USE}"),
