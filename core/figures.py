@@ -5,7 +5,7 @@ The same record gives the same bytes.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from tangram.core.drawing import COLOURS, DASHES, drawing, plain_thousands, thinned
@@ -26,24 +26,34 @@ COLUMNS = 240
 
 def _lines(axes: "Axes", traces: Mapping[str, Trace], x: str, y: str, above: bool = False) -> None:
     """Draw one line a trace, told apart by colour and dash; many have their legend above them."""
-    looks = zip(cycle(COLOURS), cycle(DASHES), strict=False)
-    handles: list[Artist] = []
-    for trace, (colour, dash) in zip(map(thinned, traces.values()), looks, strict=False):
-        mark = "o" if len(trace.x) < 3 else ""
-        handles += axes.plot(trace.x, trace.y, color=colour, linestyle=dash, marker=mark, markersize=3)
+    handles = _plotted(axes, traces)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     plain_thousands(axes)
     if above:
-        figure = axes.get_figure()
-        assert figure is not None
-        figure.legend(handles, list(traces), fontsize=9, frameon=False, ncols=4, loc="outside upper center")
+        _legend_above(axes, handles, list(traces))
     elif len(traces) > 1:
         _legend(axes, handles, list(traces))
 
 
+def _plotted(axes: "Axes", traces: Mapping[str, Trace], drawn: int = 0) -> "list[Artist]":
+    """Draw one line a trace, in looks that follow those of the lines already drawn."""
+    handles: list[Artist] = []
+    looks = islice(zip(cycle(COLOURS), cycle(DASHES), strict=False), drawn, None)
+    for trace, (colour, dash) in zip(map(thinned, traces.values()), looks, strict=False):
+        mark = "o" if len(trace.x) < 3 else ""
+        handles += axes.plot(trace.x, trace.y, color=colour, linestyle=dash, marker=mark, markersize=3)
+    return handles
+
+
 def _legend(axes: "Axes", handles: "Sequence[Artist]", names: Sequence[str]) -> None:
     axes.legend(handles, names, fontsize=9, framealpha=0.8, edgecolor="none")  # readable above crowded lines
+
+
+def _legend_above(axes: "Axes", handles: "Sequence[Artist]", names: Sequence[str]) -> None:
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.legend(handles, names, fontsize=9, frameon=False, ncols=4, loc="outside upper center")
 
 
 def _losses(run: RunRecord, over: str, key: str, x: str) -> str | None:
@@ -51,8 +61,24 @@ def _losses(run: RunRecord, over: str, key: str, x: str) -> str | None:
     traces = {name: trace for name, trace in traces.items() if trace.x}
     if not traces:
         return None
+    # Held-out text has losses of tokens alone. Those of routing grow with the layers and have an axis of their own.
+    held_out = {name for row in run.evaluations for name in row}
+    routing = {name: trace for name, trace in traces.items() if f"eval.loss.{name}" not in held_out}
+    token = {name: trace for name, trace in traces.items() if name not in routing}
     with drawing(key) as (axes, drawn):
-        _lines(axes, traces, x, "loss")
+        if not token or not routing:
+            _lines(axes, traces, x, "loss")
+        else:
+            handles = _plotted(axes, token)
+            beside = axes.twinx()
+            handles += _plotted(beside, routing, len(token))
+            beside.spines["right"].set_visible(True)
+            beside.grid(visible=False)
+            beside.set_ylabel(", ".join(routing))
+            axes.set_xlabel(x)
+            axes.set_ylabel("loss (nats)")
+            plain_thousands(axes)
+            _legend_above(axes, handles, [*token, *routing])
     return drawn[0]
 
 
@@ -290,7 +316,11 @@ def flops_of(measures: "Measures") -> dict[str, int]:
 
 
 FIGURES: Sequence[tuple[str, str, Callable[[RunRecord], str | None]]] = (
-    ("Losses over tokens", "Each objective, unweighted; those of tokens in nats per target.", losses_over_tokens),
+    (
+        "Losses over tokens",
+        "Each objective, unweighted; those of tokens in nats per target.",
+        losses_over_tokens,
+    ),
     ("Losses over seconds", "The same against the clock, what came before a resume included.", losses_over_seconds),
     (
         "Held-out bits per byte",

@@ -17,6 +17,7 @@ from tangram.core.figures import (
     COLUMNS,
     FIGURES,
     flops_of,
+    losses_over_tokens,
     parameters_of,
     stretches,
     thinned,
@@ -130,6 +131,14 @@ def test_a_peak_of_one_step_is_seen_in_a_map_of_any_length(first: int, steps: in
     assert [max(row) for row in cells] == [9.0 if each == layer else 0.5 for each in range(layers)]
     assert cells[layer].count(9.0) == 1
     assert cells[layer].index(9.0) == peak * len(cells[layer]) // steps
+
+
+def test_losses_of_routing_have_an_axis_of_their_own_where_those_of_tokens_are_known(run: Path) -> None:
+    record = read_run(run)
+    assert record.objectives == ("mtp", "next_token", "sequence_balance")
+    known = evolve(record, evaluations=({"step": 1, "eval.loss.mtp": 1.0, "eval.loss.next_token": 1.0},))
+    axes = [text.count('id="losses-tokens-axes_') for text in map(losses_over_tokens, (record, known)) if text]
+    assert axes == [1, 2]
 
 
 def test_averaged_weights_stand_beside_the_last_ones(run: Path) -> None:
