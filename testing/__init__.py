@@ -5,10 +5,12 @@ from tangram.testing.contracts.balancer import BalancerContract
 from tangram.testing.contracts.dispatcher import DispatcherContract
 from tangram.testing.contracts.feedforward import FeedForwardContract
 from tangram.testing.contracts.guard import GuardContract
+from tangram.testing.contracts.objective import ObjectiveContract
 from tangram.testing.contracts.optimizer import OptimizerContract
 from tangram.testing.contracts.pipeline import PipelineContract
 from tangram.testing.contracts.precision import PrecisionContract
 from tangram.testing.contracts.router import RouterContract
+from tangram.testing.contracts.sharding import ShardingContract
 from tangram.testing.laws import Contract, Finding, Law, Status, examine, law
 from tangram.testing.ranks import RankError, run_ranks
 from tangram.testing.routed import contexts, routings
@@ -24,11 +26,13 @@ __all__ = [
     "Finding",
     "GuardContract",
     "Law",
+    "ObjectiveContract",
     "OptimizerContract",
     "PipelineContract",
     "PrecisionContract",
     "RankError",
     "RouterContract",
+    "ShardingContract",
     "Status",
     "assert_close",
     "assert_same_gradients",

@@ -1,6 +1,7 @@
 """Every law kills its mutants: components with one known fault, most of which shipped somewhere."""
 
 import pytest
+from all_reduce import AllReduceConfig
 from builders import SMALL_MLA, SMALL_MOE
 
 from tangram.plugins.moe.balancers import AuxFreeConfig
@@ -22,6 +23,7 @@ from tangram.testing import (
     PipelineContract,
     PrecisionContract,
     RouterContract,
+    ShardingContract,
     Status,
     examine,
 )
@@ -63,7 +65,11 @@ class Sequential(PipelineContract):
     config = SequentialConfig()
 
 
-TRIED: list[type[Contract]] = [MLA, GroupLimited, AuxFree, Local, MoE, Full, AdamW, Skip, Sequential]
+class AllReduce(ShardingContract):
+    config = AllReduceConfig()
+
+
+TRIED: list[type[Contract]] = [MLA, GroupLimited, AuxFree, Local, MoE, Full, AdamW, Skip, Sequential, AllReduce]
 """A component for each slot, of which the mutants are made."""
 
 TRIES = {
