@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-import resource
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from attacks import Trap, files_of_at_most
-from runs import ended, training, write_preset
+from runs import trained, write_preset
 from tiny import tiny
 
 from tangram.core import checkpoint, load_run
@@ -106,10 +105,7 @@ def contents(path: Path) -> tuple[dict[str, dict], dict[str, object]]:
 def test_a_run_that_finds_the_disk_full_says_so_and_exits_with_1(tmp_path: Path) -> None:
     preset = write_preset(tmp_path / "short.yaml", "train.tokens=480", "train.checkpoint_every=2")
     limit = 60_000  # the preset and the metrics fit, the optimizer's file does not
-    full = training(
-        preset, tmp_path / "run", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
-    code, said = ended(full)
+    code, said = trained(preset, tmp_path / "run", most_bytes=limit)
     assert code == 1, said
     assert "step-2 could not be written: " in said
     assert "Traceback" not in said

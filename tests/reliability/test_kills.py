@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import FATE, ended, essence, training, write_preset
+from runs import FATE, essence, trained, write_preset
 
 from tangram.core.cli import main
 
@@ -51,12 +51,12 @@ def fates(count: int, seed: int, seconds: float) -> list[str]:
 
 
 def survives(preset: Path | str, overrides: tuple[str, ...], whole: Path, out: Path, fate: str) -> None:
-    code, said = ended(training(preset, out, *overrides, ends=fate))
+    code, said = trained(preset, out, *overrides, ends=fate)
     assert code in (-signal.SIGKILL, -signal.SIGALRM, 0), f"{fate}: {said}"  # 0: the timer came too late
     if code == 0:
         assert fate.startswith("timer"), f"{fate} did not come"
     resume = ["--resume"] if (out / "experiment.yaml").exists() else []
-    code, said = ended(training(preset, out, *overrides, *resume))
+    code, said = trained(preset, out, *overrides, *resume)
     assert code == 0, f"{fate}: {said}"
     assert not resume or "resuming from" in said or "starting from the first step" in said
     expected, found = essence(whole, STEPS), essence(out, STEPS)
@@ -78,7 +78,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    code, said = ended(training(preset, out))
+    code, said = trained(preset, out)
     assert code == 0, said
     return out
 
@@ -86,7 +86,7 @@ def reference(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def v3_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    code, said = ended(training("v3-tiny", out, *V3_TINY))
+    code, said = trained("v3-tiny", out, *V3_TINY)
     assert code == 0, said
     return out
 
@@ -121,7 +121,7 @@ def placed(overrides: tuple[str, ...], places: dict[str, str]) -> tuple[str, ...
 @pytest.mark.parametrize("swapped", SWAPPED)
 def test_every_stateful_component_killed_and_resumed(swapped: str, tmp_path: Path, texts: dict[str, str]) -> None:
     preset = write_preset(tmp_path / "short.yaml", *SHORT, *placed(SWAPPED[swapped], texts))
-    code, said = ended(training(preset, tmp_path / "whole"))
+    code, said = trained(preset, tmp_path / "whole")
     assert code == 0, said
     rollbacks = (tmp_path / "whole/metrics.jsonl").read_text().count('"rollback"')
     assert (rollbacks >= 3) == (swapped == "guard rollback")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from runs import ended, essence, training, write_preset
+from runs import essence, trained, write_preset
 
 from tangram.core import checkpoint
 
@@ -18,7 +18,7 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    code, said = ended(training(preset, out))
+    code, said = trained(preset, out)
     assert code == 0, said
     return essence(out, STEPS)
 
@@ -27,18 +27,18 @@ def whole(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, o
 def test_asked_to_stop_a_run_saves_and_goes_on_as_if_nothing_was(
     fate: str, name: str, preset: Path, whole: dict[str, object], tmp_path: Path
 ) -> None:
-    code, said = ended(training(preset, tmp_path / "run", ends=fate))
+    code, said = trained(preset, tmp_path / "run", ends=fate)
     assert code == 75, said
     assert f"stopped by {name} after step 3, now saved; --resume goes on" in said
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-3"]
-    code, said = ended(training(preset, tmp_path / "run", "--resume"))
+    code, said = trained(preset, tmp_path / "run", "--resume")
     assert code == 0, said
     assert f"resuming from {tmp_path / 'run/checkpoints/step-3'}, the newest checkpoint that is whole" in said
     assert essence(tmp_path / "run", STEPS) == whole
 
 
 def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(preset: Path, tmp_path: Path) -> None:
-    code, said = ended(training(preset, tmp_path / "run", ends="twice:3"))
+    code, said = trained(preset, tmp_path / "run", ends="twice:3")
     assert code == 130, said
     assert "SIGINT: finishing the step and saving; Ctrl-C ends at once" in said
     assert checkpoint.newest(tmp_path / "run/checkpoints") is None
@@ -46,12 +46,12 @@ def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(preset: Path, tmp_path: 
 
 def test_resuming_says_what_it_passed_over_and_why(preset: Path, tmp_path: Path) -> None:
     saving = ("train.checkpoint_every=2",)
-    assert ended(training(preset, tmp_path / "run", *saving))[0] == 0
+    assert trained(preset, tmp_path / "run", *saving)[0] == 0
     damaged = tmp_path / "run/checkpoints/step-8/model.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    code, said = ended(training(preset, tmp_path / "run", *saving, "--resume"))
+    code, said = trained(preset, tmp_path / "run", *saving, "--resume")
     assert code == 0, said
     assert "resuming from" in said
     assert "step-6, the newest checkpoint that is whole" in said

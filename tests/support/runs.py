@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from tiny import SMALL
@@ -21,24 +22,52 @@ def write_preset(path: Path, *overrides: str) -> Path:
     return path
 
 
-def training(preset: Path | str, out: Path, *arguments: str, ends: str = "", **options: object) -> subprocess.Popen:
-    """Start `tangram train`; `ends` is its fate."""
-    line = [sys.executable, "-m", "tangram.core.cli", "train", str(preset), "--out", str(out), *arguments]
-    environment = os.environ | {"TANGRAM_FATE": ends, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*line, "--plugin", str(FATE)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+_PARENT = """
+import json, os, resource, signal, sys
+import torch._dynamo  # an optimizer's first step imports it
+from tangram.core import cli, run
+for line in sys.stdin:
+    asked = json.loads(line)
+    if (child := os.fork()) == 0:
+        said = os.open(asked["said"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(said, 1), os.dup2(said, 2)
+        os.environ["TANGRAM_FATE"] = asked["ends"]
+        if asked["most_bytes"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (asked["most_bytes"],) * 2)
+        cli.main(asked["arguments"])
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(900)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.alarm(0), signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    print(code, flush=True)
+"""
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Wait for a process; return its exit code and all that it said."""
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out + err
+@cache
+def _parent() -> subprocess.Popen:
+    """Start the process below which all trainings of this one run: torch is imported once and not by each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", _PARENT], env=environment, **pipes)
+
+
+def trained(preset: Path | str, out: Path, *arguments: str, ends: str = "", most_bytes: int = 0) -> tuple[int, str]:
+    """Run `tangram train` as a process of its own; return its exit code, negative for a signal, and all that it said.
+
+    Args:
+        preset: The preset.
+        out: The run directory.
+        arguments: What else is on the command line.
+        ends: Its fate.
+        most_bytes: What no file of it can grow past; 0 for no limit.
+    """
+    said = out.with_name(f"{out.name}.said")
+    line = ["train", str(preset), "--out", str(out), *arguments, "--plugin", str(FATE)]
+    asked = {"arguments": line, "said": str(said), "ends": ends, "most_bytes": most_bytes}
+    parent = _parent()
+    parent.stdin.write(json.dumps(asked) + "\n")
+    parent.stdin.flush()
+    return int(parent.stdout.readline()), said.read_text(errors="replace")
 
 
 def essence(run: Path, step: int) -> dict[str, object]:
