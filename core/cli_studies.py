@@ -48,6 +48,7 @@ def _print_differences(ready: "Matched") -> None:
     for name, changes in ready.study.differences().items():
         rows = [(path, json.dumps(there), json.dumps(here)) for path, (there, here) in changes.items()]
         table(("path", "base", name), rows)
+        say("")
     say(ready.statement)
 
 
@@ -124,7 +125,7 @@ def _run(ready: "Matched", directory: Path, launcher: "Launcher", json_: bool) -
         as_json(results(record))
     else:
         for shown in tables(record)[: len(record.plan.metrics) + 1]:
-            say(shown.title)
+            say(f"\n{shown.title}")
             table(shown.header, shown.rows)
         say(f"the report is {path}")
     return FAILED if record.bad else OK
