@@ -2,6 +2,7 @@
 
 from tangram.testing.contracts.attention import AttentionContract
 from tangram.testing.contracts.balancer import BalancerContract
+from tangram.testing.contracts.data import DataContract
 from tangram.testing.contracts.dispatcher import DispatcherContract
 from tangram.testing.contracts.feedforward import FeedForwardContract
 from tangram.testing.contracts.guard import GuardContract
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionContract",
     "BalancerContract",
     "Contract",
+    "DataContract",
     "DispatcherContract",
     "FeedForwardContract",
     "Finding",

@@ -3,7 +3,9 @@
 import pytest
 from all_reduce import AllReduceConfig
 from builders import SMALL_MLA, SMALL_MOE
+from corpus import tokens
 
+from tangram.plugins.data.tokens import TokensConfig
 from tangram.plugins.moe.balancers import AuxFreeConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.moe.local import LocalConfig
@@ -15,6 +17,7 @@ from tangram.testing import (
     AttentionContract,
     BalancerContract,
     Contract,
+    DataContract,
     DispatcherContract,
     FeedForwardContract,
     GuardContract,
@@ -69,7 +72,11 @@ class AllReduce(ShardingContract):
     config = AllReduceConfig()
 
 
-TRIED: list[type[Contract]] = [MLA, GroupLimited, AuxFree, Local, MoE, Full, AdamW, Skip, Sequential, AllReduce]
+class Tokens(DataContract):
+    config = TokensConfig(folder=tokens(), isolate=True)
+
+
+TRIED: list[type[Contract]] = [MLA, GroupLimited, AuxFree, Local, MoE, Full, AdamW, Skip, Sequential, AllReduce, Tokens]
 """A component for each slot, of which the mutants are made."""
 
 TRIES = {

@@ -4,7 +4,6 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from tangram.core.assembly import past_skipped, sequences_at
-from tangram.core.contracts import Data
 from tangram.core.curve import Curve
 from tangram.core.experiment import TrainConfig
 from tangram.core.records import IGNORE, Batch, Progress
@@ -24,7 +22,6 @@ from tangram.plugins.data.corpus import DataError
 from tangram.plugins.data.packing import windows_of
 from tangram.plugins.data.shards import Folder, Shards
 from tangram.plugins.data.stream import Stream
-from tangram.plugins.data.synthetic import SyntheticConfig
 from tangram.plugins.data.text import TextConfig
 from tangram.plugins.data.tokens import TokensConfig
 
@@ -74,14 +71,6 @@ def corpora(draw: st.DrawFn) -> Corpus:
     return Corpus(tuple(documents), draw(st.integers(2, min(9, n_tokens - 1))), draw(st.booleans()))
 
 
-@st.composite
-def streams(draw: st.DrawFn) -> Data:
-    """A stream of any kind, over a corpus or of noise."""
-    if draw(st.booleans()):
-        return draw(corpora()).stream(draw(seeds))
-    return SyntheticConfig().build(settings_of(draw(st.integers(2, 9)), draw(seeds)), 50)
-
-
 def at(sequences: int) -> Progress:
     return Progress(sequences=sequences)
 
@@ -96,35 +85,6 @@ def rows_of(batch: Batch) -> list[tuple[object, ...]]:
     assert batch.targets is not None
     columns = (batch.tokens, batch.targets, batch.positions, batch.segments)
     return list(zip(*(map(tuple, column.tolist()) for column in columns), strict=True))
-
-
-# --- one sequence of sequences ----------------------------------------------------------------------------
-
-
-@given(streams(), st.integers(0, 200), st.integers(1, 12), st.integers(0, 10**6), st.data())
-def test_sequence_i_is_the_same_however_it_is_asked_for(
-    data: Data, start: int, n: int, elsewhere: int, drawn: st.DataObject
-) -> None:
-    whole = rows_of(data.batch(at(start), n))
-    data.batch(at(elsewhere), 1)  # what was asked before does not matter
-    cuts = [0, *sorted(drawn.draw(st.sets(st.integers(1, n), max_size=4)) - {n}), n]
-    for begin, end in pairwise(cuts):
-        now = Progress(step=drawn.draw(st.integers(0, 99)), tokens=7, sequences=start + begin, skipped=(start,))
-        assert rows_of(data.batch(now, end - begin)) == whole[begin:end]
-
-
-@given(streams(), st.integers(0, 200), st.integers(1, 12), st.integers(1, 5))
-def test_the_ranks_share_a_batch_without_overlap_however_its_rows_are_dealt(
-    data: Data, start: int, n: int, ranks: int
-) -> None:
-    batch = data.batch(at(start), n)
-    whole, size = rows_of(batch), -(-n // ranks)
-    in_blocks = [batch.rows(first, min(first + size, n)) for first in range(0, n, size)]
-    assert [row for part in in_blocks for row in rows_of(part)] == whole
-    assert all((part.n_targets, part.n_sequences) == (batch.n_targets, n) for part in in_blocks)
-    assert sum(len(targets_of(part)) for part in in_blocks) == batch.n_targets
-    in_turn = {i: rows_of(data.batch(at(start + i), 1))[0] for rank in range(ranks) for i in range(rank, n, ranks)}
-    assert [in_turn[i] for i in range(n)] == whole
 
 
 # --- epochs -----------------------------------------------------------------------------------------------

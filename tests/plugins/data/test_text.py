@@ -82,34 +82,6 @@ def test_both_components_are_found_under_their_names() -> None:
     assert registry.uses("data") == ["synthetic", "text"]
 
 
-@given(
-    start=st.integers(0, 2000),
-    skipped=st.integers(0, 7),
-    n=st.integers(1, 7),
-    isolate=st.booleans(),
-    seed=st.integers(0, 3),
-)
-def test_a_run_resumed_anywhere_sees_the_same_remainder(
-    corpus: Path, start: int, skipped: int, n: int, isolate: bool, seed: int
-) -> None:
-    whole = build(corpus, isolate=isolate, seed=seed).batch(Progress(sequences=start), skipped + n)
-    resumed = build(corpus, isolate=isolate, seed=seed)
-    resumed.batch(Progress(), 3)  # what was asked before does not matter
-    rest = resumed.batch(Progress(step=9, tokens=1, sequences=start + skipped), n)
-    assert same(whole.rows(skipped, skipped + n), rest)
-
-
-@given(start=st.integers(0, 500), each=st.integers(1, 3), ranks=st.integers(1, 4))
-def test_the_rows_of_the_ranks_are_disjoint_and_complete(corpus: Path, start: int, each: int, ranks: int) -> None:
-    data = build(corpus)
-    whole = data.batch(Progress(sequences=start), each * ranks)
-    for rank in range(ranks):
-        alone = data.batch(Progress(sequences=start + rank * each), each)
-        part = whole.micro(rank, ranks)
-        assert same(part, alone)
-        assert (part.n_targets, part.n_sequences) == (whole.n_targets, each * ranks)
-
-
 def test_each_epoch_has_an_order_of_its_own_and_a_batch_may_span_several(corpus: Path) -> None:
     data = build(corpus)
     assert data.tokenizer is not None
