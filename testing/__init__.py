@@ -7,6 +7,7 @@ from tangram.testing.contracts.dispatcher import DispatcherContract
 from tangram.testing.contracts.feedforward import FeedForwardContract
 from tangram.testing.contracts.guard import GuardContract
 from tangram.testing.contracts.objective import ObjectiveContract
+from tangram.testing.contracts.observer import ObserverContract
 from tangram.testing.contracts.optimizer import OptimizerContract
 from tangram.testing.contracts.pipeline import PipelineContract
 from tangram.testing.contracts.precision import PrecisionContract
@@ -29,6 +30,7 @@ __all__ = [
     "GuardContract",
     "Law",
     "ObjectiveContract",
+    "ObserverContract",
     "OptimizerContract",
     "PipelineContract",
     "PrecisionContract",

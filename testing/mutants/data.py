@@ -108,7 +108,7 @@ class _HeldOut:
     """Held-out text that is covered otherwise."""
 
     def __init__(self, real: Any, change: Callable[[list[Any]], list[Any]]) -> None:
-        self._real, self._change, self.n_bytes, self.references = real, change, real.n_bytes, {}
+        self._real, self._change, self.n_bytes, self.references = real, change, real.n_bytes, real.references
 
     def batches(self, n_sequences: int) -> Iterator[tuple[Batch, int]]:
         yield from self._change(list(self._real.batches(n_sequences)))

@@ -9,6 +9,9 @@ from tangram.plugins.data.tokens import TokensConfig
 from tangram.plugins.moe.balancers import AuxFreeConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.moe.local import LocalConfig
+from tangram.plugins.objectives.balance import SequenceBalanceConfig
+from tangram.plugins.objectives.mtp import MTPConfig
+from tangram.plugins.observers.ema import EMAConfig
 from tangram.plugins.parallel.sequential import SequentialConfig
 from tangram.plugins.precision.full import FullConfig
 from tangram.plugins.training.adamw import AdamWConfig
@@ -22,6 +25,8 @@ from tangram.testing import (
     FeedForwardContract,
     GuardContract,
     Law,
+    ObjectiveContract,
+    ObserverContract,
     OptimizerContract,
     PipelineContract,
     PrecisionContract,
@@ -52,6 +57,14 @@ class MoE(FeedForwardContract):
     config = SMALL_MOE
 
 
+class MTP(ObjectiveContract):
+    config = MTPConfig()
+
+
+class SequenceBalance(ObjectiveContract):
+    config = SequenceBalanceConfig()
+
+
 class Full(PrecisionContract):
     config = FullConfig(compute="bfloat16")
 
@@ -76,7 +89,26 @@ class Tokens(DataContract):
     config = TokensConfig(folder=tokens(), isolate=True)
 
 
-TRIED: list[type[Contract]] = [MLA, GroupLimited, AuxFree, Local, MoE, Full, AdamW, Skip, Sequential, AllReduce, Tokens]
+class EMA(ObserverContract):
+    config = EMAConfig(decay=0.5)
+
+
+TRIED: list[type[Contract]] = [
+    MLA,
+    GroupLimited,
+    AuxFree,
+    Local,
+    MoE,
+    MTP,
+    SequenceBalance,
+    Full,
+    AdamW,
+    Skip,
+    Sequential,
+    AllReduce,
+    Tokens,
+    EMA,
+]
 """A component for each slot, of which the mutants are made."""
 
 TRIES = {

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from tangram.core import checkpoint, load_run
-from tangram.core.contracts import Stateful
 from tangram.core.evaluation import set_weights
 from tangram.core.plugins import run_manager
 from tangram.core.records import GradientNorm, Progress, Result, StepReport, Verdict
@@ -37,10 +36,6 @@ class Weights(torch.nn.Module):
 
 def ended(verdict: Verdict = Verdict.ACCEPT) -> StepReport:
     return StepReport(Progress(), Progress(1), 0.1, Result({}, 1.0, torch.zeros(1, 1), 1), GradientNorm(1.0), verdict)
-
-
-def test_it_has_state_that_a_checkpoint_keeps() -> None:
-    assert isinstance(EMAConfig().build(), Stateful)
 
 
 @given(
@@ -129,12 +124,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def averages(directory: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read_file(directory / "checkpoints" / "step-6", NAME)
-
-
-def test_it_changes_no_number_of_the_run(whole, tmp_path):
-    train(tiny(STEPS, "train.checkpoint_every=2", "observers.ema=null"), tmp_path / "run")
-    watched, unwatched = load_run(whole).model.state_dict(), load_run(tmp_path / "run").model.state_dict()
-    assert all(torch.equal(watched[name], unwatched[name]) for name in unwatched)
 
 
 def test_interrupted_and_resumed_it_is_the_same_bit_for_bit(whole, tmp_path, monkeypatch):
