@@ -16,7 +16,7 @@ from tangram.core.registry import component
 Count = Literal["unbiased", "routed"]
 
 
-@component("objective", use="sequence_balance")
+@component("objective", use="sequence_balance", capabilities=["micro_batches"])
 @frozen(kw_only=True)
 class SequenceBalanceConfig:
     """Keep the experts of each sequence from extreme imbalance.

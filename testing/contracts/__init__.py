@@ -6,6 +6,7 @@ from tangram.testing.contracts.attention import AttentionContract
 from tangram.testing.contracts.balancer import BalancerContract
 from tangram.testing.contracts.dispatcher import DispatcherContract
 from tangram.testing.contracts.feedforward import FeedForwardContract
+from tangram.testing.contracts.objective import ObjectiveContract
 from tangram.testing.contracts.router import RouterContract
 from tangram.testing.laws import Contract
 
@@ -16,6 +17,7 @@ CONTRACTS: Mapping[str, type[Contract]] = {
         BalancerContract,
         DispatcherContract,
         FeedForwardContract,
+        ObjectiveContract,
         RouterContract,
     )
 }

@@ -146,24 +146,38 @@ class DifferentiableContract(ModuleContract):
         if self.dtype is not torch.float64:
             return
         module = self.built(config, seed)
-        gradients, passed = self.gradients(module, seed), self.passed(module, seed)
-        for name, parameter in module.named_parameters():
+        gradients = self.gradients(module, seed)
+        names = [name for name, _ in module.named_parameters()]
+        if self._difference(module, seed, names, gradients):  # along all of them at once; then who it is
+            wrong = [error for name in names if (error := self._difference(module, seed, [name], gradients))]
+            raise AssertionError("; ".join(wrong) or "along all parameters")
+
+    def _difference(self, module: Any, seed: int, names: list[str], gradients: Mapping[str, Tensor | None]) -> str:
+        """Return how the gradients along a drawn direction differ from the differences of values; empty if little."""
+        parameters = [module.get_parameter(name) for name in names]
+        # Not the direction of the weights: along those a norm is flat.
+        directions = [normal(*parameter.shape, seed=~seed - i) for i, parameter in enumerate(parameters)]
+        size = torch.stack([direction.square().sum() for direction in directions]).sum().sqrt() if names else 1.0
+        passed, values = self.passed(module, seed), []
+        for step in (_STEP, -_STEP):
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter.add_(step * direction / size)
+                moved = self.passed(module, seed)
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter.sub_(step * direction / size)
+            assume(all(torch.equal(passed.choices[key], moved.choices[key]) for key in passed.choices))
+            values.append(float(_along(moved, seed)))
+        slope, expected, norm = (values[0] - values[1]) / (2 * _STEP), 0.0, 0.0
+        for name, direction in zip(names, directions, strict=True):
             grad = gradients[f"gradient of {name}"]
-            assert grad is not None
-            direction = normal(*parameter.shape, seed=~seed)  # not that of the weights: along those a norm is flat
-            direction /= direction.norm()
-            values = []
-            for step in (_STEP, -_STEP):
-                with torch.no_grad():
-                    parameter.add_(step * direction)
-                    moved = self.passed(module, seed)
-                    parameter.sub_(step * direction)
-                assume(all(torch.equal(passed.choices[key], moved.choices[key]) for key in passed.choices))
-                values.append(float(_along(moved, seed)))
-            slope, expected = (values[0] - values[1]) / (2 * _STEP), float((grad * direction).sum())
-            # Central differences err by the third derivative times the step squared, and by rounding over the step.
-            size = max(1.0, abs(values[0]), float(grad.norm()))
-            assert abs(slope - expected) <= 1e-6 * size, f"along {name}: {expected:.9g}, differences say {slope:.9g}"
+            assert grad is not None, f"{name} has no gradient"
+            expected += float((grad * direction / size).sum())
+            norm = max(norm, float(grad.norm()))
+        # Central differences err by the third derivative times the step squared, and by rounding over the step.
+        if abs(slope - expected) <= 1e-6 * max(1.0, abs(values[0]), norm):
+            return ""
+        return f"along {', '.join(names)}: {expected:.9g}, differences say {slope:.9g}"
 
     @law(seed=seeds(), kills=[mutants.remembers_what_passed])
     def its_forward_changes_nothing(self, config: object, seed: int) -> None:

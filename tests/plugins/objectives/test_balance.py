@@ -93,15 +93,6 @@ def test_batch_balance_is_the_papers(routing, batch, length, seed, count):
 
 
 @given(**SIZES)
-def test_sequence_balance_does_not_depend_on_micro_batches(routing, batch, length, seed):
-    routed, objective = Routed(*routing, batch, length, seed), built(SequenceBalanceConfig())
-    whole = objective(routed.stats, batch_of(routed.x))
-    parts = [routed.router(routed.x[i : i + 1], routed.bias).stats for i in range(batch)]
-    cut = [objective(stats, batch_of(routed.x[:1], batch)) for stats in parts]
-    assert_same_function(torch.stack(cut).sum(), whole, routed.leaves, length=LENGTH)
-
-
-@given(**SIZES)
 def test_batch_balance_of_micro_batches_of_one_sequence_is_sequence_balance(routing, batch, length, seed):
     routed, objective = Routed(*routing, batch, length, seed), built(BatchBalanceConfig())
     parts = [routed.router(routed.x[i : i + 1], routed.bias).stats for i in range(batch)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tangram.core.block import Block
 from tangram.core.curve import Curve
 from tangram.core.experiment import BlockConfig
-from tangram.core.records import IGNORE, Batch, Carry, Progress
+from tangram.core.records import IGNORE, Batch, Progress
 from tangram.plugins.moe.swiglu import SwiGLUConfig
 from tangram.plugins.objectives.mtp import MTP, MTPConfig, further_targets
 from tangram.testing import batches, seeds
@@ -111,7 +111,7 @@ def test_any_block_serves():
     assert_same_function(objective(trunk, batch, borrowed.shared).value, expected, wrt, length=LENGTH)
 
 
-# --- laws ------------------------------------------------------------------------------------------
+# --- its own choices -------------------------------------------------------------------------------
 
 
 @given(batch=batches(VOCABULARY), k=st.integers(1, 12))
@@ -123,19 +123,6 @@ def test_a_target_further_on_is_of_the_same_document_and_the_last_k_are_masked(b
             known = p + k < length and bool(batch.segments[row, p] == batch.segments[row, p + k])
             expected = int(batch.targets[row, p + k]) if known else IGNORE
             assert int(further[row, p]) == expected
-
-
-def test_another_document_changes_nothing_of_a_documents_loss():
-    objective, borrowed = built(MTPConfig(depth=2)), Trunk(context(DIM), VOCABULARY, seed=1)
-    batch = packed([[0, 0, 0, 0, 1, 1, 1, 1]], VOCABULARY, seed=2)
-    alone = evolve(batch, targets=torch.where(batch.segments == 0, batch.targets, IGNORE))
-    trunk = normal(1, 8, DIM, seed=3).requires_grad_()
-    before = objective(trunk, alone, borrowed.shared).value
-    (grad,) = torch.autograd.grad(before, trunk)
-    assert bool(grad[0, :2].all())
-    assert not grad[0, 3:].any()  # nor the document's last, whose next token is unknown
-    tokens = torch.where(alone.segments == 0, alone.tokens, (alone.tokens + 1) % VOCABULARY)
-    assert torch.equal(objective(trunk, evolve(alone, tokens=tokens), borrowed.shared).value, before)
 
 
 def test_a_document_too_short_for_a_depth_pays_nothing_for_it():
@@ -153,25 +140,11 @@ def test_each_depth_is_divided_by_all_targets_and_by_the_depth():
     torch.testing.assert_close(loss, nats * (5 + 4) / 6 / 2, rtol=1e-14, atol=0)
 
 
-def test_its_experts_are_layers_after_the_trunks_and_every_parameter_gets_a_gradient():
-    ctx = evolve(context(DIM), n_layers=5, layer=5)
-    objective = MTPConfig(depth=2).build(ctx, SMALL_BLOCK)
-    assert isinstance(objective, MTP)
-    filled(objective, 0)
-    borrowed, batch = Trunk(context(DIM), VOCABULARY, seed=1), packed([[0] * 8], VOCABULARY, seed=2)
-    trunk = normal(1, 8, DIM, seed=3).requires_grad_()
-    carry = Carry(hidden=trunk, trunk=trunk, losses=(("other", torch.zeros(())),))
-    names = []
-    for phase in objective.phases("further", batch, borrowed.shared):
-        names.append(phase.name)
-        carry = phase.fn(carry)
-    assert names == 2 * ["join", "attend", "dispatch", "compute", "combine", "score"]
-    assert [layer for layer, _ in carry.stats] == [5, 6]
-    assert [name for name, _ in carry.losses] == ["other", "further"]
+def test_each_depth_joins_passes_its_block_and_is_scored():
+    objective, borrowed = built(MTPConfig(depth=2)), Trunk(context(DIM), VOCABULARY, seed=1)
+    phases = objective.phases("further", packed([[0] * 8], VOCABULARY, seed=2), borrowed.shared)
+    assert [phase.name for phase in phases] == 2 * ["join", "attend", "dispatch", "compute", "combine", "score"]
     assert [feedforward.n_experts for feedforward in objective.feedforwards()] == [4, 4]
-    carry.losses[-1][1].value.backward()
-    leaves = {**borrowed.parameters(), **dict(objective.named_parameters())}
-    assert [name for name, leaf in leaves.items() if leaf.grad is None or not bool(leaf.grad.any())] == []
 
 
 def test_the_trunk_is_read_by_the_first_depth_alone():

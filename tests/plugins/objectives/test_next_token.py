@@ -1,4 +1,4 @@
-"""The main loss against its definition, and what any token objective owes."""
+"""The main loss against its definition."""
 
 import paper
 import torch
@@ -7,7 +7,7 @@ from hypothesis import given
 from torch import Tensor
 
 from tangram.core.contracts import TokenObjective
-from tangram.core.records import Batch, Carry, Progress
+from tangram.core.records import Batch, Progress
 from tangram.plugins.objectives.next_token import NextTokenConfig
 from tangram.testing import batches, curves
 from tangram.testing.samples import Trunk, context, normal
@@ -51,19 +51,8 @@ def test_a_head_that_knows_nothing_pays_the_logarithm_of_the_vocabulary():
     torch.testing.assert_close(loss, torch.tensor(float(VOCABULARY)).log())
 
 
-def test_by_default_it_is_one_phase_that_adds_its_loss_under_its_name():
-    borrowed, objective = Trunk(context(DIM), VOCABULARY, seed=0), built()
-    targets = torch.tensor([[1, 2, 3]])
-    batch = Batch(targets, targets, torch.arange(3)[None], torch.zeros_like(targets), 3, 1)
-    trunk = normal(1, 3, DIM, seed=1)
-    (phase,) = objective.phases("main", batch, borrowed.shared)
-    ((name, loss),) = phase.fn(Carry(trunk=trunk)).losses
-    assert (name, phase.lane) == ("main", "compute")
-    assert torch.equal(loss.value, objective(trunk, batch, borrowed.shared).value)
-
-
 @given(curve=curves())
-def test_the_weight_follows_its_curve_and_stays_out_of_the_value(curve):
+def test_the_weight_follows_its_curve(curve):
     objective = NextTokenConfig(weight=curve).build(context(DIM), SMALL_BLOCK)
     for now in (Progress(), Progress(step=500, tokens=10**9), Progress(step=10**5, tokens=20 * 10**12)):
         assert objective.weight(now) == curve(now)
