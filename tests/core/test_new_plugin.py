@@ -1,12 +1,14 @@
 """`tangram new-plugin`: for every slot a package whose tests pass at once, that trains, and whose study can be run."""
 
 import math
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from tiny import SMALL
@@ -37,6 +39,18 @@ def plugins(packages: Path) -> Plugins:
 
 def test_every_slot_of_a_preset_has_a_package_to_start_from() -> None:
     assert sorted(STARTERS) == PRESET_SLOTS
+
+
+def test_the_tests_of_every_package_pass_at_once(packages: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join(str(packages / f"acme-{slot}") for slot in PRESET_SLOTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=junit.xml", str(packages)]
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    cases = list(ElementTree.parse(tmp_path / "junit.xml").iter("testcase"))
+    passed = Counter(case.get("classname", "").rpartition(".")[2] for case in cases if len(case) == 0)
+    assert set(passed) == {f"TestAcme{slot.capitalize()}" for slot in PRESET_SLOTS}
+    assert min(passed.values()) >= 3, passed
 
 
 def test_what_is_written_is_clean_and_installs_as_a_plugin(packages: Path) -> None:
