@@ -14,6 +14,7 @@ from tangram.testing.contracts.precision import PrecisionContract
 from tangram.testing.contracts.router import RouterContract
 from tangram.testing.contracts.sharding import ShardingContract
 from tangram.testing.laws import Contract, Finding, Law, Status, examine, law
+from tangram.testing.preset_laws import check_preset
 from tangram.testing.ranks import RankError, run_ranks
 from tangram.testing.routed import contexts, routings
 from tangram.testing.strategies import batches, configs, curves, hidden, presets, seeds
@@ -41,6 +42,7 @@ __all__ = [
     "assert_close",
     "assert_same_gradients",
     "batches",
+    "check_preset",
     "configs",
     "contexts",
     "curves",
