@@ -65,7 +65,8 @@ def test_the_code_of_a_plugin_file_that_is_used_is_part_of_the_name(tmp_path: Pa
         folder = tmp_path / name
         folder.mkdir()
         (folder / "mine.py").write_text(NURSERY.read_text() + extra)
-        asked = read_study(write(folder), Plugins.discover([folder / "mine.py"]))
+        named = write(folder, {"seeds: 3": "seeds: 3\npatch: {plugins: [mine.py]}"})
+        asked = read_study(named, Plugins.discover([folder / "mine.py"]))  # which has the launcher
         found.append([cell.id for cell in cells_of(asked, folder / "cells")])
     assert found[0] == found[1]
     assert not set(found[0]) & set(found[2])

@@ -9,6 +9,7 @@ TANGRAM_DOOM is empty, or `KIND:N:FILE`. All workers count their steps in FILE, 
 import os
 import signal
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import frozen
@@ -53,9 +54,11 @@ class Forking:
                 yield running.pop(pid), code
         finally:
             for pid in running:
-                os.kill(pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # reaped just before the interrupt came
+                    os.kill(pid, signal.SIGTERM)
             for pid in running:
-                os.waitpid(pid, 0)
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
 
 
 def _forked(job: Job, log: Path) -> int:
