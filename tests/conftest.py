@@ -10,9 +10,13 @@ import torch
 from hypothesis import settings
 from imports import imported_twice
 
+from tangram.testing import Contract
+
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, print_blob=True, database=None)
 settings.register_profile("soak", max_examples=2000, deadline=None)
+
+REPEATS = 20
 
 PROFILE = os.environ.get("TANGRAM_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 
@@ -22,6 +26,18 @@ def pytest_configure() -> None:
     if PROFILE not in ("dev", "ci", "soak"):
         raise pytest.UsageError(f"TANGRAM_PROFILE is dev, ci or soak, not {PROFILE!r}")
     settings.load_profile(PROFILE)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """In the soak, try every law of every component again and again, from other seeds: none may fail now and then."""
+    if PROFILE == "soak" and metafunc.cls is not None and issubclass(metafunc.cls, Contract):
+        metafunc.fixturenames.append("repeat")
+        metafunc.parametrize("repeat", [pytest.param(i, marks=pytest.mark.soak) for i in range(REPEATS)], indirect=True)
+
+
+@pytest.fixture
+def repeat(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
