@@ -21,7 +21,7 @@ class TestJsonl(ObserverContract):
 
 
 class TestProfiler(ObserverContract):
-    config = ProfilerConfig(steps=(2, 3))
+    config = ProfilerConfig(steps=(2, 2))
 
 
 class TestWandb(ObserverContract):
