@@ -70,6 +70,11 @@ class _LossContract(Contract):
         """Return what the config builds."""
         return config.build(ctx or context(_DIM, compute=cls.dtype), _experiment().model.block)
 
+    @property
+    def _wide(self) -> torch.dtype:
+        """Dtype of losses and affinities."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def some_loss(self, objective: Any, seed: int) -> Tensor:
         """Return the loss of drawn inputs."""
         if isinstance(objective, TokenObjective):
@@ -78,7 +83,7 @@ class _LossContract(Contract):
             return filled(objective, seed)(trunk, batch, _borrowed(self.dtype, seed).shared).value
         ids = normal(2, 5, _EXPERTS, seed=seed).topk(2).indices
         load = torch.nn.functional.one_hot(ids, _EXPERTS).sum((1, 2))
-        affinity = normal(2, _EXPERTS, seed=seed + 1).softmax(-1).to(self.dtype)
+        affinity = normal(2, _EXPERTS, seed=seed + 1).softmax(-1).to(self._wide)
         loss: Tensor = objective(RouterStats(ids, load, load, affinity), _sequences(2, 5))
         return loss
 
@@ -95,8 +100,7 @@ class _LossContract(Contract):
         loss = self.some_loss(self.make(config), seed)
         assert loss.shape == (), f"its shape is {list(loss.shape)}"
         assert bool(loss.isfinite()), f"it is {float(loss)}"
-        wide = torch.promote_types(self.dtype, torch.float32)
-        assert loss.dtype is wide, f"it is {loss.dtype}"
+        assert loss.dtype is self._wide, f"it is {loss.dtype}"
 
     @law(seed=seeds(), kills=[mutants.adds_up])
     def it_remembers_nothing(self, config: Any, seed: int) -> None:
@@ -197,7 +201,7 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
         self._assert_same(config, batch, lambda loss, trunk: loss(torch.cat([trunk, tail], 1), padded), seed)
 
     @law(
-        batch=batches(_VOCABULARY, sequences=2, length=st.integers(4, 8), isolated=True),
+        batch=batches(_VOCABULARY, sequences=2, length=st.integers(4, 6), isolated=True),
         seed=seeds(),
         kills=[mutants.crosses_documents],
     )
@@ -238,10 +242,12 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
         assert not bool(grad[:, at + 1 :].any()), "it depends on the trunk where the target is known"
         later, last = (loss(other(batch.tokens, where), alone) for where in (place > at, place == at))
         # Other tokens may share an expert with these, in whose product they move the rounding.
-        bound = tolerance(self.dtype, self.length * _GROWTH**2) * float(value.detach().abs())
+        bound = tolerance(self.dtype, self.length * _GROWTH**2)
+        if bound > 0.1:  # so coarse a dtype cannot tell
+            return
 
         def moved(by: Tensor) -> bool:
-            return float((by - value).detach().abs()) > bound
+            return float((by - value).detach().abs()) > bound * float(value.detach())
 
         assert not moved(later), "it depends on tokens from the target on"
         assert bool(grad[:, at].any()) or moved(last), "it does not see the token before the target"
@@ -283,7 +289,7 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
             grads = torch.autograd.grad(value, list(wrt.values()), allow_unused=True)
             zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(wrt.values(), grads, strict=True)]
             flat.append(torch.cat([value.detach().view(1), *(grad.flatten() for grad in zeros)]))
-        assert_close(*flat, length=self.length * _GROWTH**2, msg="loss and gradients")
+        assert_close(*flat, length=self.length * _GROWTH**2, dtype=self.dtype, msg="loss and gradients")
 
 
 class RoutingObjectiveContract(_LossContract):
@@ -330,7 +336,7 @@ class RoutingObjectiveContract(_LossContract):
 
     def _given(self, config: Any, routing: Routing) -> tuple[Any, RouterStats, Batch]:
         stats = routing.stats
-        affinity = stats.affinity.detach().to(self.device, self.dtype).requires_grad_()
+        affinity = stats.affinity.detach().to(self.device, self._wide).requires_grad_()
         stats = evolve(stats, affinity=affinity)
         return self.make(config), stats, _sequences(*stats.ids.shape[:2])
 

@@ -10,9 +10,10 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 from tangram.core import load_preset
+from tangram.core.context import Context
 from tangram.core.curve import Curve, Ramp
-from tangram.core.records import IGNORE, Batch
-from tangram.testing import batches, configs, curves, hidden, presets
+from tangram.core.records import IGNORE, Batch, Routing
+from tangram.testing import assert_close, batches, configs, contexts, curves, hidden, presets, routings
 
 SEARCH = settings(max_examples=2000, database=None, derandomize=True, phases=[Phase.generate])
 
@@ -248,3 +249,35 @@ def test_presets_are_what_load_preset_takes(arguments: tuple[str, ...]) -> None:
 )
 def test_presets_reach_every_kind_of_override(reached) -> None:
     find(presets(), reached, settings=SEARCH)
+
+
+@given(routing=routings(st.integers(1, 6)))
+def test_routings_are_what_a_router_may_return(routing: Routing) -> None:
+    ids, stats = routing.ids, routing.stats
+    assert all(len(set(row)) == ids.shape[1] for row in ids.tolist())
+    assert torch.equal(stats.ids.flatten(0, 1), ids)
+    assert stats.load.sum(1).eq(stats.top.sum(1)).all()
+    assert int(stats.load.sum()) == ids.numel()
+    assert_close(stats.affinity.sum(1), torch.ones(len(stats.ids), dtype=torch.float64), length=12)
+    assert bool((routing.gates > 0).all())
+
+
+@pytest.mark.parametrize(
+    "reached",
+    [
+        lambda r: r.ids.shape[1] == r.stats.load.shape[1] > 1,
+        lambda r: not bool(r.stats.load.sum(0).all()),
+        lambda r: not torch.equal(r.stats.load, r.stats.top),
+        lambda r: r.stats.load.shape[1] > r.ids.shape[1] and bool((r.ids == r.ids[0]).all()) and len(r.ids) > 4,
+    ],
+    ids=["every expert", "an empty expert", "a bias that chose", "all tokens alike"],
+)
+def test_routings_reach_the_edges(reached) -> None:
+    find(routings(st.integers(1, 6)), reached, settings=SEARCH)
+
+
+@given(ctx=contexts(st.integers(1, 8)))
+def test_contexts_build_layers(ctx: Context) -> None:
+    assert 0 <= ctx.layer < ctx.n_layers
+    with ctx.recompute.scope():
+        assert ctx.linear(ctx.dim, 3)(torch.ones(2, ctx.dim, dtype=torch.float64)).dtype is torch.float64
