@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
+from functools import cache
 from importlib import metadata
 from typing import Any, ClassVar, TypeVar
 
@@ -23,8 +24,11 @@ from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
 
+from tangram.core.config import DEFAULT, ConfigError, Node
 from tangram.core.context import BuildError
-from tangram.core.registry import mark_of
+from tangram.core.plugins import Plugins
+from tangram.core.registry import Registry, mark_of
+from tangram.core.structuring import plain, structure
 from tangram.testing.strategies import configs
 from tangram.testing.yaml_line import yaml_line
 
@@ -200,9 +204,27 @@ class Contract:
         assert not silent, f"add a line under `Attributes:` for {', '.join(silent)}"
 
     @law()
+    def a_preset_can_say_its_config(self, config: Any) -> None:
+        """Written into a preset and read back, the config is the same; a key that it does not have is refused."""
+        said = plain(written(config))
+        assert isinstance(said, dict)
+        read: Any = structure(Node.of(said, DEFAULT), self.config_class(), _registry())
+        assert read == written(config), f"read back it is {read}"
+        try:
+            structure(Node.of({**said, "no_such_key": 1}, DEFAULT), self.config_class(), _registry())
+        except ConfigError:
+            return
+        raise AssertionError("a key that it does not have is taken")
+
+    @law()
     def what_it_declares_is_known(self, config: object) -> None:
         """Every declared capability is one that the slot knows."""
         self.capabilities()
+
+
+@cache
+def _registry() -> Registry:
+    return Plugins.discover().registry
 
 
 def _test(contract: type[Contract], tried: Law) -> Callable[[Contract], None]:
