@@ -106,6 +106,22 @@ def test_every_column_of_the_metrics_stands_in_the_page_on_observers_and_no_othe
         assert written == set(told)
 
 
+def test_the_page_on_conformance_names_every_contract_and_every_capability_with_its_meaning() -> None:
+    from tangram.testing.contracts import CONTRACTS
+
+    text = (DOCS / "conformance.md").read_text(encoding="utf-8")
+    for slot, contract in CONTRACTS.items():
+        assert f"`{contract.__name__}`" in text
+        for name, meaning in contract.optional.items():
+            assert f"| {slot} | `{name}` | {meaning} |" in text
+
+
+def test_every_slot_of_a_preset_has_a_contract() -> None:
+    from tangram.testing.contracts import CONTRACTS
+
+    assert set(SLOTS) - set(CONTRACTS) == {"launcher"}
+
+
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_every_link_leads_somewhere(file: Path) -> None:
     for target in LINK.findall(file.read_text(encoding="utf-8")):
