@@ -90,7 +90,7 @@ class _LossContract(Contract):
     @law(seed=seeds(), kills=[mutants.weighs_its_loss])
     def the_loss_is_unweighted(self, config: Any, seed: int) -> None:
         """The loss does not know its weight, which is the gradient put on it."""
-        weights = (None, 0.37, 2.0) if _can(config) else (None,)
+        weights = (None, 0.37) if _can(config) else (None,)
         losses = [self.some_loss(self.make(_weighed(config, weight)), seed) for weight in weights]
         assert all(torch.equal(loss, losses[0]) for loss in losses), "the loss grows with its weight"
 
@@ -201,7 +201,7 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
         self._assert_same(config, batch, lambda loss, trunk: loss(torch.cat([trunk, tail], 1), padded), seed)
 
     @law(
-        batch=batches(_VOCABULARY, sequences=2, length=st.integers(4, 6), isolated=True),
+        batch=batches(_VOCABULARY, sequences=1, length=st.integers(4, 7), isolated=True),
         seed=seeds(),
         kills=[mutants.crosses_documents],
     )
@@ -210,12 +210,11 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
 
         def apart(loss: Callable[[Tensor, Batch], Tensor], trunk: Tensor) -> Tensor:
             losses = []
-            for row in range(2):
-                for number in batch.segments[row].unique():
-                    where = batch.segments[row] == number
-                    names = ("tokens", "targets", "positions", "segments")
-                    document = evolve(batch, **{name: getattr(batch, name)[row][where][None] for name in names})
-                    losses.append(loss(trunk[row][where][None], document))
+            for number in batch.segments.unique():
+                where = batch.segments == number
+                names = ("tokens", "targets", "positions", "segments")
+                document = evolve(batch, **{name: getattr(batch, name)[where][None] for name in names})
+                losses.append(loss(trunk[where][None], document))
             return torch.stack(losses).sum()
 
         self._assert_same(config, batch, apart, seed)
