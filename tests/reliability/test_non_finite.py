@@ -223,7 +223,7 @@ def clean_loss(folder: Path, guard: str, mislabelled: bool) -> float:
     data = f"data={{use: mislabelled, first: {first}, last: {first + 11 * SEQUENCES}}}"
     length = (f"train.tokens={40 * SEQUENCES * LENGTH}", "train.lr=0.05", "train.checkpoint_every=4", "train.clip=1.0")
     train(tiny(*SMALL, f"plugins=[{str(plugin)!r}]", data, f"guard={guard}", *length), out)
-    run = load_run(out)
+    run = load_run(out, plugins=[plugin])
     assert len(run.progress.skipped) == (12 if mislabelled and "rollback" in guard else 0)
     batches = [run.data.batch(Progress(sequences=2 * 10**9 + SEQUENCES * i), SEQUENCES) for i in range(16)]
     return sum(run.executor.run(batch, run.progress).losses["next_token"] for batch in batches) / len(batches)
