@@ -348,11 +348,9 @@ def examine(contract: type[Contract], tried: Law, *, mutant: Mutant | None = Non
         tried.check(contract(), **values)
 
     check.__name__ = tried.name
-    shown = settings(_settings(EXAMPLES[contract.profile]), database=None, report_multiple_bugs=False)
-    if mutant is not None:
-        shown = settings(
-            shown, phases=[Phase.generate]
-        )  # that it is killed is enough; how small the example is, is not
+    # That a mutant is killed is enough; how small the example is, is not.
+    phases = [Phase.generate] if mutant is not None else [Phase.generate, Phase.shrink]
+    shown = settings(_settings(EXAMPLES[contract.profile]), database=None, report_multiple_bugs=False, phases=phases)
     began = time.perf_counter()
     try:
         shown(given(**_draws(contract, tried, mutant))(check))()
