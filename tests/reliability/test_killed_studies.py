@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,14 @@ def ablate(study: Path, out: Path, doom: str = "") -> tuple[int, str]:
     line = [sys.executable, "-m", "tangram.core.cli", "ablate", str(study), "--out", str(out), "--plugin", str(NURSERY)]
     environment = os.environ | {"TANGRAM_DOOM": doom, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        line,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, these tests perhaps too.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     said, _ = process.communicate(timeout=600)
     return process.returncode, said
