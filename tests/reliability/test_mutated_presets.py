@@ -23,7 +23,7 @@ Mutation = Callable[[Dice, bytes], bytes]
 PLUGINS = Plugins.discover()
 PRESETS = {name: path.read_bytes() for name, path in available(PLUGINS).items()}
 SCALAR = re.compile(rb"(?<=: )[^\s,{}\[\]#]+")
-KEY = re.compile(rb"[a-z_]+(?=:)")
+KEY = re.compile(rb"(?<![a-z_])[a-z_]++(?=:)")  # possessive, for there are megabytes of one letter among the mutants
 TOKEN = re.compile(rb"\w+|[^\w\s]|\s+")
 
 ODD = r"""
