@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from attacks import Trap, files_of_at_most
-from runs import trained, write_preset
 from tiny import tiny
+from whole_runs import trained, write_preset
 
 from tangram.core import checkpoint, load_run
 from tangram.core.checkpoint import CheckpointError

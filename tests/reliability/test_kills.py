@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import FATE, essence, trained, write_preset
+from whole_runs import FATE, essence, trained, write_preset
 
 from tangram.core.cli import main
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from runs import essence, trained, write_preset
+from whole_runs import essence, trained, write_preset
 
 from tangram.core import checkpoint
 

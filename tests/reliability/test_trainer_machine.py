@@ -13,8 +13,8 @@ from attrs import frozen
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from runs import essence
 from tiny import tiny
+from whole_runs import essence
 
 from tangram.core import checkpoint
 from tangram.core.checkpoint import CheckpointError
