@@ -3,12 +3,10 @@
 import sys
 from pathlib import Path
 
-import pytest
+import submitit
 
 from tangram.core.contracts import Job
 from tangram.plugins.launchers.slurm import Slurm, SlurmConfig
-
-submitit = pytest.importorskip("submitit")
 
 
 def test_a_job_runs_through_submitit_with_its_threads_and_exit_code(tmp_path: Path) -> None:
