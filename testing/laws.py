@@ -280,8 +280,9 @@ def _is_new(tried: Law, contract: type[Contract]) -> bool:
 
 
 def _settings(examples: int) -> settings:
-    slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    return settings(max_examples=examples, deadline=None, print_blob=True, suppress_health_check=slow)
+    borne = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+    borne.append(HealthCheck.differing_executors)  # a contract keeps nothing: a law tried again may have a new one
+    return settings(max_examples=examples, deadline=None, print_blob=True, suppress_health_check=borne)
 
 
 def _draws(contract: type[Contract], tried: Law, mutant: Mutant | None = None) -> dict[str, st.SearchStrategy[Any]]:
