@@ -82,7 +82,7 @@ class _Blocked(torch.autograd.Function):
     # Queries go in blocks, each against its own prefix of the keys. The backward is written out because autograd
     # would pad every slice's gradient with zeros and add.
     @staticmethod
-    def forward(ctx, q, k, v, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, scale):
         shape = q.shape[0], q.shape[2]
         # The arguments are saved, not their copies: a caller may know how to make them again.
         saved = q, k, v
@@ -101,7 +101,7 @@ class _Blocked(torch.autograd.Function):
         return out.unflatten(0, shape).transpose(1, 2)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         q, k, v, *probabilities = ctx.saved_tensors
         q, k, v, grad = _heads_first(q * ctx.scale), _heads_first(k), _heads_first(v), _heads_first(grad)
         q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -29,7 +29,7 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Raises:
         ValueError: The dtypes differ, or the counts do not fit.
     """
-    return _GroupedMatmul.apply(rows, weight, counts)  # type: ignore[no-any-return]
+    return _GroupedMatmul.apply(rows, weight, counts)
 
 
 def grouped_matmul_loop(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -110,13 +110,13 @@ def _check(left: Tensor, right: Tensor, counts: Tensor) -> None:
 
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, counts):  # type: ignore[no-untyped-def]
+    def forward(ctx, rows, weight, counts):
         ctx.save_for_backward(rows, weight, counts)
         return grouped_matmul_forward(rows, weight, counts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         rows, weight, counts = ctx.saved_tensors
         rows_grad = weight_grad = None
         if ctx.needs_input_grad[0]:

@@ -55,7 +55,7 @@ def order_by_expert(ids: Tensor, n_experts: int) -> Order:
 
 def permute(x: Tensor, order: Order) -> Tensor:
     """Return one row for each slot of `x` [N, D], in `order`, [N * K, D]."""
-    return _Permute.apply(x, order.index, order.inverse)  # type: ignore[no-any-return]
+    return _Permute.apply(x, order.index, order.inverse)
 
 
 def unpermute(rows: Tensor, gates: Tensor, order: Order) -> Tensor:
@@ -69,7 +69,7 @@ def unpermute(rows: Tensor, gates: Tensor, order: Order) -> Tensor:
         order: What `order_by_expert` returned.
     """
     args = rows, gates, order.index, order.inverse, order.slots
-    return _Unpermute.apply(*args)  # type: ignore[no-any-return]
+    return _Unpermute.apply(*args)
 
 
 def _collect(rows: Tensor, inverse: Tensor, gates: Tensor | None = None) -> Tensor:
@@ -90,26 +90,26 @@ def _collect(rows: Tensor, inverse: Tensor, gates: Tensor | None = None) -> Tens
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, inverse):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, index, inverse):
         ctx.save_for_backward(inverse)
         return x.index_select(0, index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         return _collect(grad, inverse), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, gates, index, inverse, slots):  # type: ignore[no-untyped-def]
+    def forward(ctx, rows, gates, index, inverse, slots):
         ctx.save_for_backward(rows, gates, index, inverse, slots)
         return _collect(rows, inverse, gates)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         rows, gates, index, inverse, slots = ctx.saved_tensors
         wide = accumulator(rows.dtype)
         per_row = grad.index_select(0, index).to(wide)  # [M, D]

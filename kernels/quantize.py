@@ -1,65 +1,336 @@
-"""Weights in FP8 with a scale for each block (arXiv:2412.19437, section 3.3.2, and the released checkpoint).
+"""Matrices in FP8 with a scale for each tile (arXiv:2412.19437, section 3.3.2, and the released checkpoint).
 
-A block of 128 x 128 weights w is kept as E4M3 codes q and one float32 scale s, its largest magnitude over 448:
+A tile of numbers x is kept as codes q and one float32 scale s, its largest magnitude over the largest code:
 
-    s = max(|w|, 1e-4) / 448        q = round(w / s)        w ~ q s
+    s = max(|x|, 1e-4) / 448        q = round(x / s)        x ~ q s
 
-A ragged block at the right or lower edge counts as padded with zeros. E4M3 has three bits of mantissa and its
-smallest normal number is 2^-6, so |w - q s| is at most 2^-4 |w|, or 2^-10 s where that is more.
+A tile is 1 x 128 of an activation, along the dimension that a product sums over, or 128 x 128 of a weight. A ragged
+tile at the right or lower edge counts as padded with zeros. E4M3 has three bits of mantissa and its smallest normal
+number is 2^-6, so |x - q s| is at most 2^-4 |x|, or 2^-10 s where that is more.
 """
+
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LARGEST = 448.0
-"""The largest E4M3 number."""
+from tangram.kernels.backend import takes_kernel
+from tangram.kernels.jit import tl, triton
 
 SMALLEST_PEAK = 1e-4
-"""What the largest magnitude of a block is taken to be at least: a block of zeros has a scale too."""
+"""What the largest magnitude of a tile is taken to be at least: a tile of zeros has a scale too."""
+
+E4M3 = torch.float8_e4m3fn
+
+Shared = Literal["tile", "block", "row", "tensor"]
+
+_TILES = 64
+"""Tiles that one program of the kernel quantises."""
 
 
-def quantize_blocks(w: Tensor, block: int = 128, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the codes and the scales of a finite matrix, its blocks `block` rows by `block` columns.
+def largest(format: torch.dtype) -> float:
+    """Return the largest number of an FP8 format: 448 of E4M3, 57344 of E5M2."""
+    return float(torch.finfo(format).max)
+
+
+class Passes(Protocol):
+    """The passes over a matrix of one tile a row that quantising is made of, plain or compiled."""
+
+    def peaks(self, tiles: Tensor) -> Tensor:
+        """Return the largest magnitude of each tile, float32 [R], of tiles [R, T]."""
+        ...
+
+    def encode(self, tiles: Tensor, scales: Tensor, format: torch.dtype) -> Tensor:
+        """Return the codes [R, T] of tiles [R, T] over their scales [R]."""
+        ...
+
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return codes [R, T] times their scales [R], rounded once to `dtype`."""
+        ...
+
+
+class Plain:
+    """The passes as torch runs them one operation after the other."""
+
+    @staticmethod
+    def peaks(tiles: Tensor) -> Tensor:
+        """Return the largest magnitude of each tile."""
+        return tiles.abs().amax(1).float()
+
+    @staticmethod
+    def encode(tiles: Tensor, scales: Tensor, format: torch.dtype) -> Tensor:
+        """Return the codes."""
+        bound = largest(format)
+        return (tiles.float() / scales[:, None]).clamp(-bound, bound).to(format)
+
+    @staticmethod
+    def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the numbers."""
+        return (codes.float() * scales[:, None]).to(dtype)
+
+
+PLAIN: Passes = Plain()
+
+
+class Quantized(NamedTuple):
+    """A matrix in FP8.
+
+    Attributes:
+        codes: FP8 numbers, [..., M, K].
+        scales: What multiplies them to give the matrix, float32, one for each tile.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
+def quantize_tiles(
+    x: Tensor,
+    tile: int = 128,
+    power_of_two: bool = False,
+    transposed: bool = False,
+    *,
+    format: torch.dtype = E4M3,
+    shared: Shared = "tile",
+    passes: Passes = PLAIN,
+) -> Quantized:
+    """Return the codes and scales of a finite matrix in tiles of 1 x `tile`.
+
+    The Triton kernel does tiles with a scale of their own, in E4M3; the other ways run in plain torch anywhere.
 
     Args:
-        w: The matrix [N, K].
-        block: Side of a block.
+        x: The matrix [M, K].
+        tile: Columns of a tile.
         power_of_two: Round every scale up to a power of two.
+        transposed: Quantise the transposed matrix: tiles of `tile` x 1 of `x`.
+        format: float8_e4m3fn, or float8_e5m2 with more range and a bit less of mantissa.
+        shared: What has one scale: a tile, the tiles of `tile` rows (a square block), a whole row, or all of it.
+        passes: How the passes over the matrix run.
 
     Returns:
-        Codes float8_e4m3fn [N, K], and scales float32 [ceil(N / block), ceil(K / block)] that multiply them.
+        Codes [M, K] and scales float32 [M, ceil(K / tile)]; transposed, codes [K, M] and scales [K, ceil(M / tile)].
     """
-    wide = w.float()
-    rows, columns = wide.shape
-    padded = F.pad(wide, (0, -columns % block, 0, -rows % block))
-    blocks = padded.unflatten(0, (-1, block)).unflatten(2, (-1, block))  # [rows, block, columns, block]
-    scales = blocks.abs().amax((1, 3)).clamp_min(SMALLEST_PEAK) / LARGEST
-    if power_of_two:
-        mantissa, exponent = torch.frexp(scales)  # mantissa in [1/2, 1): exactly 1/2 is a power of two already
-        scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
-    codes = (wide / _spread(scales, rows, columns, (block, block))).clamp_(-LARGEST, LARGEST)
-    return codes.to(torch.float8_e4m3fn), scales
+    if shared == "tile" and format is E4M3 and takes_kernel(x):
+        return Quantized(*torch.ops.tangram.quantize_tiles(x, tile, power_of_two, transposed))
+    return _tiles(x, tile, power_of_two, transposed, format, shared, passes)
 
 
-def dequantize(codes: Tensor, scales: Tensor, tile: tuple[int, int] = (128, 128)) -> Tensor:
-    """Return the numbers that codes and scales stand for, float32 [N, K].
+def quantize_blocks(
+    w: Tensor,
+    block: int = 128,
+    power_of_two: bool = False,
+    *,
+    format: torch.dtype = E4M3,
+    passes: Passes = PLAIN,
+) -> Quantized:
+    """Return the codes and the scales of finite matrices, their blocks `block` rows by `block` columns.
 
     Args:
-        codes: [N, K].
-        scales: One for each tile, [ceil(N / tile[0]), ceil(K / tile[1])].
-        tile: Rows and columns that share a scale.
+        w: The matrix [N, K], or several of them [E, N, K].
+        block: Side of a block.
+        power_of_two: Round every scale up to a power of two.
+        format: float8_e4m3fn or float8_e5m2.
+        passes: How the passes over the matrix run.
+
+    Returns:
+        Codes [..., N, K], and scales float32 [..., ceil(N / block), ceil(K / block)] that multiply them.
+    """
+    if format is E4M3 and takes_kernel(w):
+        return Quantized(*torch.ops.tangram.quantize_blocks(w, block, power_of_two))
+    return _blocks(w, block, power_of_two, format, passes)
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    tile: tuple[int, int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    passes: Passes = PLAIN,
+) -> Tensor:
+    """Return the numbers that codes and scales stand for, [..., N, K], rounded once to `dtype`.
+
+    Args:
+        codes: [..., N, K].
+        scales: One for each tile, [..., ceil(N / tile[0]), ceil(K / tile[1])].
+        tile: Rows and columns that share a scale; (1, 128) or (128, 128) if left out, whichever the shapes say.
+        dtype: Of the result.
+        passes: How the passes over the matrix run.
 
     Raises:
-        ValueError: The scales do not fit the codes.
+        ValueError: The scales do not fit the codes, or the shapes leave open which tiles they are of.
     """
-    rows, columns = codes.shape
+    rows, columns = codes.shape[-2:]
+    tile = _tile_of(rows, columns, tuple(scales.shape[-2:])) if tile is None else tile
     wanted = (-(-rows // tile[0]), -(-columns // tile[1]))
-    if scales.shape != wanted:
+    if scales.shape[-2:] != wanted or scales.shape[:-2] != codes.shape[:-2]:
         raise ValueError(f"codes {list(codes.shape)} in tiles of {tile} have scales {wanted}, not {list(scales.shape)}")
-    return codes.float().mul_(_spread(scales.float(), rows, columns, tile))
+    each = _spread(scales.float(), tile[0], rows)  # [..., N, tiles of a row]
+    flat, across = _flat(codes.view(torch.uint8), tile[1])  # a byte can be padded where an FP8 number cannot
+    values = passes.decode(flat.view(codes.dtype), each.reshape(-1), dtype)
+    return values.view(*codes.shape[:-1], across * tile[1])[..., :columns]
 
 
-def _spread(scales: Tensor, rows: int, columns: int, tile: tuple[int, int]) -> Tensor:
-    """Return every element's scale, [rows, columns]."""
-    return scales.repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1)[:, :columns]
+def _tile_of(rows: int, columns: int, given: tuple[int, ...]) -> tuple[int, int]:
+    known = [tile for tile in ((1, 128), (128, 128)) if given == (-(-rows // tile[0]), -(-columns // tile[1]))]
+    if len(known) == 1 or (known and rows == 1):
+        return known[0]
+    raise ValueError(f"scales {list(given)} do not say in which tiles codes [{rows}, {columns}] are; pass `tile`")
+
+
+def _tiles(
+    x: Tensor, tile: int, power_of_two: bool, transposed: bool, format: torch.dtype, shared: Shared, passes: Passes
+) -> Quantized:
+    x = x.t() if transposed else x
+    rows, columns = x.shape
+    flat, across = _flat(x, tile)  # [M * tiles, tile]
+    peaks = passes.peaks(flat).view(rows, across)
+    if shared == "block":
+        peaks = _spread(_pooled(peaks, tile), tile, rows)
+    elif shared == "row":
+        peaks = peaks.amax(1, keepdim=True).expand_as(peaks) if peaks.numel() else peaks
+    elif shared == "tensor":
+        peaks = peaks.amax().expand_as(peaks) if peaks.numel() else peaks
+    scales = _scales(peaks, power_of_two, largest(format)).contiguous()
+    codes = passes.encode(flat, scales.flatten(), format).view(rows, across * tile)
+    return Quantized(codes[:, :columns].contiguous(), scales)
+
+
+def _blocks(w: Tensor, block: int, power_of_two: bool, format: torch.dtype, passes: Passes) -> Quantized:
+    columns = w.shape[-1]
+    flat, across = _flat(w, block)
+    peaks = _pooled(passes.peaks(flat).view(*w.shape[:-1], across), block)
+    scales = _scales(peaks, power_of_two, largest(format))
+    codes = passes.encode(flat, _spread(scales, block, w.shape[-2]).flatten(), format).view(
+        *w.shape[:-1], across * block
+    )
+    return Quantized(codes[..., :columns].contiguous(), scales)
+
+
+def _flat(x: Tensor, tile: int) -> tuple[Tensor, int]:
+    """Return one tile a row, and how many tiles a row of `x` [..., K] has."""
+    across = -(-x.shape[-1] // tile)
+    return F.pad(x, (0, across * tile - x.shape[-1])).reshape(-1, tile), across
+
+
+def _pooled(peaks: Tensor, block: int) -> Tensor:
+    """Return the largest of every `block` rows of [..., N, tiles], [..., ceil(N / block), tiles]."""
+    padded = F.pad(peaks, (0, 0, 0, -peaks.shape[-2] % block))
+    return padded.unflatten(-2, (-1, block)).amax(-2)
+
+
+def _spread(scales: Tensor, block: int, rows: int) -> Tensor:
+    """Return the scales [..., blocks, tiles] for each of `rows` rows."""
+    return scales.repeat_interleave(block, -2)[..., :rows, :]
+
+
+def _scales(peaks: Tensor, power_of_two: bool, bound: float) -> Tensor:
+    scales = peaks.clamp_min(SMALLEST_PEAK) / bound
+    if power_of_two:
+        # Up to the next power of two by the bits: a logarithm would be off at the powers themselves.
+        scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return scales
+
+
+@triton.jit
+def _quantize(
+    x,
+    codes,
+    scales,
+    rows,
+    columns,
+    across,
+    stride_matrix,
+    stride_row,
+    stride_column,
+    bound: tl.constexpr,
+    smallest: tl.constexpr,
+    tile: tl.constexpr,
+    height: tl.constexpr,
+    square: tl.constexpr,
+    power_of_two: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # One program quantises `height` rows of one column of tiles: as many tiles, or one square block.
+    matrix = tl.program_id(2).to(tl.int64)
+    inner_row, inner_column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * height + inner_row
+    column = tl.program_id(1) * tile + inner_column
+    row_inside = (inner_row < height) & (row < rows)
+    inside = row_inside[:, None] & ((inner_column < tile) & (column < columns))[None, :]
+    row, column = row.to(tl.int64), column.to(tl.int64)
+    at = matrix * stride_matrix + row[:, None] * stride_row + column[None, :] * stride_column
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    peaks = tl.max(tl.abs(values), 1)
+    if square:
+        peaks = tl.zeros_like(peaks) + tl.max(peaks, 0)
+    peaks = tl.maximum(peaks, smallest)
+    scale = tl.div_rn(peaks, tl.zeros_like(peaks) + bound)
+    if power_of_two:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    coded = tl.minimum(tl.maximum(tl.div_rn(values, tl.zeros_like(values) + scale[:, None]), -bound), bound)
+    out = matrix * rows * columns + row[:, None] * columns + column[None, :]
+    tl.store(codes + out, coded.to(codes.dtype.element_ty), mask=inside)
+    if square:
+        first = matrix * tl.num_programs(0) + tl.program_id(0)
+        tl.store(scales + (first * across + tl.program_id(1) + inner_row), scale, mask=inner_row == 0)
+    else:
+        tl.store(scales + (row * across + tl.program_id(1)), scale, mask=row_inside)
+
+
+def _launch(x: Tensor, tile: int, height: int, square: bool, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Quantise matrices [E, M, K] of any strides in tiles of 1 or `height` rows."""
+    matrices, rows, columns = x.shape
+    down, across = -(-rows // height), -(-columns // tile)
+    codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    scales = torch.empty(matrices, down if square else rows, across, dtype=torch.float32, device=x.device)
+    if x.numel():
+        _quantize[(down, across, matrices)](
+            x,
+            codes,
+            scales,
+            rows,
+            columns,
+            across,
+            *x.stride(),
+            bound=largest(E4M3),
+            smallest=SMALLEST_PEAK,
+            tile=tile,
+            height=height,
+            square=square,
+            power_of_two=power_of_two,
+            ROWS=triton.next_power_of_2(height),
+            COLUMNS=triton.next_power_of_2(tile),
+        )
+    return codes, scales
+
+
+@torch.library.custom_op("tangram::quantize_tiles", mutates_args=())
+def _quantize_tiles(x: Tensor, tile: int, power_of_two: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    if not takes_kernel(x):
+        return _tiles(x, tile, power_of_two, transposed, E4M3, "tile", PLAIN)
+    codes, scales = _launch((x.t() if transposed else x)[None], tile, _TILES, False, power_of_two)
+    return codes[0], scales[0]
+
+
+@_quantize_tiles.register_fake
+def _(x: Tensor, tile: int, power_of_two: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = (x.t() if transposed else x).shape
+    return x.new_empty(rows, columns, dtype=E4M3), x.new_empty(rows, -(-columns // tile), dtype=torch.float32)
+
+
+@torch.library.custom_op("tangram::quantize_blocks", mutates_args=())
+def _quantize_blocks(w: Tensor, block: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    if not takes_kernel(w):
+        return _blocks(w, block, power_of_two, E4M3, PLAIN)
+    codes, scales = _launch(w[None] if w.dim() == 2 else w, block, block, True, power_of_two)
+    return codes.view(w.shape), scales.view(*w.shape[:-2], *scales.shape[-2:])
+
+
+@_quantize_blocks.register_fake
+def _(w: Tensor, block: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = w.shape[-2:]
+    scales = *w.shape[:-2], -(-rows // block), -(-columns // block)
+    return w.new_empty(w.shape, dtype=E4M3), w.new_empty(scales, dtype=torch.float32)

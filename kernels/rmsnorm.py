@@ -18,12 +18,12 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     The statistics and the product with the weight are at least float32; only the result is rounded. Backward
     keeps the arguments and one number a row.
     """
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, eps):
         wide = x.to(accumulator(x.dtype))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         normed, wide_grad = x * scale, grad.to(scale.dtype)
         per_element = wide_grad * normed  # serves both gradients

@@ -25,19 +25,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1]
     if width % 2:
         raise ValueError(f"swiglu needs two halves of one width, but the last dimension is {width}")
-    return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
+    return _SwiGLU.apply(gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up):  # type: ignore[no-untyped-def]
+    def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.to(accumulator(gate_up.dtype)).chunk(2, -1)
         return (F.silu(gate) * up).to(gate_up.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         (gate_up,) = ctx.saved_tensors
         wide = accumulator(gate_up.dtype)
         gate, up = gate_up.to(wide).chunk(2, -1)

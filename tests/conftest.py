@@ -10,6 +10,18 @@ import torch
 from hypothesis import settings
 from imports import imported_twice
 
+# Without a GPU the kernels run in Triton's interpreter, which has to be said before they are defined. The processes
+# that tests start are like a user's: without it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+import tangram.kernels  # noqa: F401
+
+if os.environ.get("TRITON_INTERPRET"):
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
 from tangram.testing import Contract
 
 settings.register_profile("dev", max_examples=25, deadline=None)
