@@ -9,6 +9,7 @@ Reductions of bfloat16 and arithmetic on FP8 values stay wrong: kernels widen bo
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,16 @@ _NAMES = {
 
 _INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
-_PRIVATE = ("_convert_float", "InterpreterBuilder", "TensorHandle", "_ir")
-_METHODS = ("create_dot", "binary_op", "unary_op")
+_PRIVATE = (
+    "_convert_float",
+    "TensorHandle",
+    "InterpreterBuilder.create_dot",
+    "InterpreterBuilder.binary_op",
+    "InterpreterBuilder.unary_op",
+    "_ir.ROUNDING_MODE.RTZ",
+)
+"""What is replaced or used of the interpreter, of which no Triton promises anything."""
+
 _MARK = "tangram_repaired"
 
 
@@ -42,19 +51,25 @@ def repair() -> None:
     import triton
     from triton.runtime import interpreter
 
-    missing = [name for name in _PRIVATE if not hasattr(interpreter, name)]
-    builder = getattr(interpreter, "InterpreterBuilder", None)
-    missing += [f"InterpreterBuilder.{name}" for name in _METHODS if not hasattr(builder, name)]
+    missing = [name for name in _PRIVATE if not _has(interpreter, name)]
     if missing:
         raise RuntimeError(
             f"the interpreter of Triton {triton.__version__} has no {', '.join(missing)}: its FP8 and bfloat16 cannot "
             "be repaired; use Triton 3.6 to 3.9, or unset TRITON_INTERPRET"
         )
-    if hasattr(builder, _MARK):
+    if hasattr(interpreter.InterpreterBuilder, _MARK):
         return
-    setattr(builder, _MARK, True)
+    setattr(interpreter.InterpreterBuilder, _MARK, True)
     interpreter._convert_float = _cast(interpreter._convert_float, interpreter._ir.ROUNDING_MODE.RTZ)
     _repair_arithmetic(interpreter)
+
+
+def _has(module: object, name: str) -> bool:
+    try:
+        attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def _cast(original: Callable[..., Any], toward_zero: object) -> Callable[..., Any]:
