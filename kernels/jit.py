@@ -5,6 +5,7 @@ placeholders, with which the kernels' definitions can be read past.
 """
 
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,10 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on a CPU. Triton reads the variable when it is first imported."""
 
-RUNS = INTERPRETED or torch.cuda.is_available()
+INSTALLED = find_spec("triton") is not None
+"""Whether there is a Triton to import."""
+
+RUNS = INSTALLED and (INTERPRETED or torch.cuda.is_available())
 """Whether a kernel can run in this process."""
 
 
@@ -37,4 +41,10 @@ if TYPE_CHECKING or RUNS:
 else:
     triton = tl = _Placeholder()
 
-__all__ = ["INTERPRETED", "RUNS", "tl", "triton"]
+
+def wide_type(dtype: torch.dtype) -> Any:
+    """Return Triton's name of the dtype in which a kernel computes: float64 for float64, and else float32."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+__all__ = ["INSTALLED", "INTERPRETED", "RUNS", "tl", "triton", "wide_type"]

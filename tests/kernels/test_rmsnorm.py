@@ -1,12 +1,17 @@
-"""Root-mean-square normalisation against its definition in float64."""
+"""Root-mean-square normalisation against its definition in float64, and its kernel against its twin."""
+
+import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from twins import guarded, numbers, on_both, same_bits, strided
 
+from tangram import kernels
 from tangram.kernels import rmsnorm
+from tangram.testing import assert_close
 
 EPS = 1e-6
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -88,3 +93,59 @@ def test_backward_keeps_one_number_a_row_beside_the_arguments():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         rmsnorm(x, weight, EPS)
     assert sum(kept) == 10 * 32 * 2 + 32 * 4 + 10 * 4
+
+
+def with_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = rmsnorm(x, weight, EPS)
+    return y.detach(), *torch.autograd.grad(y, (x, weight), grad)
+
+
+@pytest.mark.parametrize("shape", [(70, 300), (3, 5, 64), (1, 3), (2, 8193), (0, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("held", [guarded, strided])
+def test_the_kernel_agrees_with_the_twin(shape, dtype, held):
+    dim = shape[-1]
+    x, grad = held(numbers(*shape, seed=1, dtype=dtype)), held(numbers(*shape, seed=2, dtype=dtype))
+    weight = guarded(numbers(dim, seed=3, dtype=torch.promote_types(dtype, torch.float32)))
+    twin, kernel = on_both(lambda: with_gradients(x, weight, grad))
+    # Sums in the accumulator, over a row and then perhaps over the rows; in bfloat16 the one rounding hides them.
+    for one, other, terms in zip(kernel, twin, (dim, 2 * dim, dim + x.numel() // dim), strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert_close(one, other, length=1 if one.dtype is torch.bfloat16 else terms)
+
+
+def test_programs_that_take_many_rows_agree_with_the_twin(monkeypatch):
+    module = sys.modules["tangram.kernels.rmsnorm"]
+    monkeypatch.setattr(module, "_TILE", 256)
+    monkeypatch.setattr(module, "_PROGRAMS", 3)
+    x, grad, weight = (guarded(numbers(*shape, seed=len(shape))) for shape in [(2, 19, 40), (2, 19, 40), (40,)])
+    twin, kernel = on_both(lambda: with_gradients(x, weight, grad))
+    for one, other, terms in zip(kernel, twin, (40, 80, 78), strict=True):
+        assert_close(one, other, length=terms)
+    with kernels.use("triton"):
+        for one, other in zip(kernel, with_gradients(x, weight, grad), strict=True):
+            assert same_bits(one, other)
+
+
+def test_the_kernel_takes_an_expanded_gradient_and_a_weight_in_bfloat16():
+    x, weight = numbers(4, 3, 20, seed=1), numbers(20, seed=2, dtype=torch.bfloat16)
+    x, weight, grad = guarded(x.transpose(0, 1)), strided(weight), guarded(numbers(1, 1, 20, seed=3)).expand(3, 4, 20)
+    for one, other in zip(*on_both(lambda: with_gradients(x, weight, grad)), strict=True):
+        assert_close(one, other, length=32)
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_torch_knows_the_operations(path):
+    x, weight = numbers(3, 2, 5, seed=1, dtype=torch.bfloat16), numbers(5, seed=2)
+    op, back = torch.ops.tangram.rmsnorm, torch.ops.tangram.rmsnorm_backward
+    with kernels.use(path):
+        torch.library.opcheck(op, (x.clone().requires_grad_(), weight.clone().requires_grad_(), EPS))
+        y, scale = op(x, weight, EPS)
+        torch.library.opcheck(back, (y, x, weight, scale))
+        for real, meta in zip(
+            (y, scale, *back(y, x, weight, scale)),
+            (*op(x.to("meta"), weight.to("meta"), EPS), *back(*(t.to("meta") for t in (y, x, weight, scale)))),
+            strict=True,
+        ):
+            assert (real.dtype, real.shape, real.stride()) == (meta.dtype, meta.shape, meta.stride())
