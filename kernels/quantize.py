@@ -35,42 +35,71 @@ def largest(format: torch.dtype) -> float:
 
 
 class Passes(Protocol):
-    """The passes over a matrix of one tile a row that quantising is made of, plain or compiled."""
+    """The passes over a matrix that quantising is made of: in plain torch, or compiled (kernels/native.py)."""
 
-    def peaks(self, tiles: Tensor) -> Tensor:
-        """Return the largest magnitude of each tile, float32 [R], of tiles [R, T]."""
+    def peaks(self, x: Tensor, tile: int) -> Tensor:
+        """Return the largest magnitude of each tile of 1 x `tile`, float32 [R, tiles], of x [R, K]."""
         ...
 
-    def encode(self, tiles: Tensor, scales: Tensor, format: torch.dtype) -> Tensor:
-        """Return the codes [R, T] of tiles [R, T] over their scales [R]."""
+    def encode(self, x: Tensor, scales: Tensor, tile: int, format: torch.dtype) -> Tensor:
+        """Return the codes [R, K] of x [R, K] over the scales [R, tiles] of its tiles."""
         ...
 
-    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return codes [R, T] times their scales [R], rounded once to `dtype`."""
+    def decode(self, codes: Tensor, scales: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
+        """Return codes [R, K] times the scales [R, tiles] of their tiles, rounded once to `dtype`."""
+        ...
+
+    def column_peaks(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Return the largest magnitude in each column of each group of rows, float32 [G, K], of x [R, K].
+
+        `ends` has the row after the last of each group, int64 [G] on the CPU.
+        """
+        ...
+
+    def round_columns(self, x: Tensor, scales: Tensor, ends: Tensor, format: torch.dtype) -> Tensor:
+        """Return x [R, K] encoded and decoded with a scale [G, K] for each column of each group, in its dtype."""
         ...
 
 
 class Plain:
     """The passes as torch runs them one operation after the other."""
 
-    @staticmethod
-    def peaks(tiles: Tensor) -> Tensor:
+    def peaks(self, x: Tensor, tile: int) -> Tensor:
         """Return the largest magnitude of each tile."""
-        return tiles.abs().amax(1).float()
+        tiles = -(-x.shape[1] // tile)
+        padded = F.pad(x, (0, tiles * tile - x.shape[1]))
+        return padded.unflatten(1, (tiles, tile)).abs().amax(2).float()
 
-    @staticmethod
-    def encode(tiles: Tensor, scales: Tensor, format: torch.dtype) -> Tensor:
+    def encode(self, x: Tensor, scales: Tensor, tile: int, format: torch.dtype) -> Tensor:
         """Return the codes."""
         bound = largest(format)
-        return (tiles.float() / scales[:, None]).clamp(-bound, bound).to(format)
+        return (x.float() / _spread(scales, tile, x.shape[1])).clamp(-bound, bound).to(format)
 
-    @staticmethod
-    def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
         """Return the numbers."""
-        return (codes.float() * scales[:, None]).to(dtype)
+        return codes.float().mul_(_spread(scales, tile, codes.shape[1])).to(dtype)
+
+    def column_peaks(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Return the largest magnitude of each column of each group."""
+        return torch.stack([group.abs().amax(0).float() for group in x.split(_sizes(ends))])
+
+    def round_columns(self, x: Tensor, scales: Tensor, ends: Tensor, format: torch.dtype) -> Tensor:
+        """Return the rounded numbers."""
+        each = scales.repeat_interleave(torch.tensor(_sizes(ends)), 0)
+        bound = largest(format)
+        return ((x.float() / each).clamp(-bound, bound).to(format).float() * each).to(x.dtype)
 
 
 PLAIN: Passes = Plain()
+
+
+def _sizes(ends: Tensor) -> list[int]:
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
+def _spread(scales: Tensor, tile: int, columns: int) -> Tensor:
+    """Return the scale of every column of [R, tiles], [R, columns]."""
+    return scales.repeat_interleave(tile, 1)[:, :columns]
 
 
 class Quantized(NamedTuple):
@@ -166,10 +195,10 @@ def dequantize(
     wanted = (-(-rows // tile[0]), -(-columns // tile[1]))
     if scales.shape[-2:] != wanted or scales.shape[:-2] != codes.shape[:-2]:
         raise ValueError(f"codes {list(codes.shape)} in tiles of {tile} have scales {wanted}, not {list(scales.shape)}")
-    each = _spread(scales.float(), tile[0], rows)  # [..., N, tiles of a row]
-    flat, across = _flat(codes.view(torch.uint8), tile[1])  # a byte can be padded where an FP8 number cannot
-    values = passes.decode(flat.view(codes.dtype), each.reshape(-1), dtype)
-    return values.view(*codes.shape[:-1], across * tile[1])[..., :columns]
+    each = _for_each_row(scales.float(), tile[0], rows)
+    return passes.decode(codes.flatten(0, -2).contiguous(), each.flatten(0, -2).contiguous(), tile[1], dtype).view(
+        codes.shape
+    )
 
 
 def _tile_of(rows: int, columns: int, given: tuple[int, ...]) -> tuple[int, int]:
@@ -182,36 +211,25 @@ def _tile_of(rows: int, columns: int, given: tuple[int, ...]) -> tuple[int, int]
 def _tiles(
     x: Tensor, tile: int, power_of_two: bool, transposed: bool, format: torch.dtype, shared: Shared, passes: Passes
 ) -> Quantized:
-    x = x.t() if transposed else x
-    rows, columns = x.shape
-    flat, across = _flat(x, tile)  # [M * tiles, tile]
-    peaks = passes.peaks(flat).view(rows, across)
+    x = (x.t() if transposed else x).contiguous()
+    peaks = passes.peaks(x, tile)  # [M, tiles]
     if shared == "block":
-        peaks = _spread(_pooled(peaks, tile), tile, rows)
-    elif shared == "row":
-        peaks = peaks.amax(1, keepdim=True).expand_as(peaks) if peaks.numel() else peaks
-    elif shared == "tensor":
-        peaks = peaks.amax().expand_as(peaks) if peaks.numel() else peaks
-    scales = _scales(peaks, power_of_two, largest(format)).contiguous()
-    codes = passes.encode(flat, scales.flatten(), format).view(rows, across * tile)
-    return Quantized(codes[:, :columns].contiguous(), scales)
+        peaks = _for_each_row(_pooled(peaks, tile), tile, len(x))
+    elif shared == "row" and peaks.numel():
+        peaks = peaks.amax(1, keepdim=True).expand_as(peaks)
+    elif shared == "tensor" and peaks.numel():
+        peaks = peaks.amax().expand_as(peaks)
+    scales = scales_of(peaks, power_of_two, format).contiguous()
+    return Quantized(passes.encode(x, scales, tile, format), scales)
 
 
 def _blocks(w: Tensor, block: int, power_of_two: bool, format: torch.dtype, passes: Passes) -> Quantized:
-    columns = w.shape[-1]
-    flat, across = _flat(w, block)
-    peaks = _pooled(passes.peaks(flat).view(*w.shape[:-1], across), block)
-    scales = _scales(peaks, power_of_two, largest(format))
-    codes = passes.encode(flat, _spread(scales, block, w.shape[-2]).flatten(), format).view(
-        *w.shape[:-1], across * block
-    )
-    return Quantized(codes[..., :columns].contiguous(), scales)
-
-
-def _flat(x: Tensor, tile: int) -> tuple[Tensor, int]:
-    """Return one tile a row, and how many tiles a row of `x` [..., K] has."""
-    across = -(-x.shape[-1] // tile)
-    return F.pad(x, (0, across * tile - x.shape[-1])).reshape(-1, tile), across
+    rows = w.shape[-2]
+    flat = w.flatten(0, -2).contiguous()
+    peaks = passes.peaks(flat, block)  # [E * N, tiles]
+    scales = scales_of(_pooled(peaks.view(*w.shape[:-1], peaks.shape[1]), block), power_of_two, format)
+    each = _for_each_row(scales, block, rows)
+    return Quantized(passes.encode(flat, each.flatten(0, -2), block, format).view(w.shape), scales)
 
 
 def _pooled(peaks: Tensor, block: int) -> Tensor:
@@ -220,13 +238,14 @@ def _pooled(peaks: Tensor, block: int) -> Tensor:
     return padded.unflatten(-2, (-1, block)).amax(-2)
 
 
-def _spread(scales: Tensor, block: int, rows: int) -> Tensor:
-    """Return the scales [..., blocks, tiles] for each of `rows` rows."""
-    return scales.repeat_interleave(block, -2)[..., :rows, :]
+def _for_each_row(scales: Tensor, block: int, rows: int) -> Tensor:
+    """Return the scales [..., ceil(N / block), tiles] for each of the N `rows`, [..., N, tiles]."""
+    return scales if block == 1 else scales.repeat_interleave(block, -2)[..., :rows, :]
 
 
-def _scales(peaks: Tensor, power_of_two: bool, bound: float) -> Tensor:
-    scales = peaks.clamp_min(SMALLEST_PEAK) / bound
+def scales_of(peaks: Tensor, power_of_two: bool, format: torch.dtype) -> Tensor:
+    """Return the scales of tiles whose largest magnitudes are `peaks`, float32."""
+    scales = peaks.clamp_min(SMALLEST_PEAK) / largest(format)
     if power_of_two:
         # Up to the next power of two by the bits: a logarithm would be off at the powers themselves.
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
