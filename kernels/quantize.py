@@ -253,6 +253,22 @@ def scales_of(peaks: Tensor, power_of_two: bool, format: torch.dtype) -> Tensor:
 
 
 @triton.jit
+def tile_scales(peaks, bound: tl.constexpr, smallest: tl.constexpr, power_of_two: tl.constexpr):
+    """Return, in a kernel, the scales of tiles whose largest magnitudes are `peaks`, float32."""
+    peaks = tl.maximum(peaks, smallest)
+    scale = tl.div_rn(peaks, tl.zeros_like(peaks) + bound)
+    if power_of_two:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def tile_codes(values, scale, bound: tl.constexpr):
+    """Return, in a kernel, float32 `values` over their scales, ready to be rounded to codes."""
+    return tl.minimum(tl.maximum(tl.div_rn(values, tl.zeros_like(values) + scale), -bound), bound)
+
+
+@triton.jit
 def _quantize(
     x,
     codes,
@@ -285,11 +301,8 @@ def _quantize(
     peaks = tl.max(tl.abs(values), 1)
     if square:
         peaks = tl.zeros_like(peaks) + tl.max(peaks, 0)
-    peaks = tl.maximum(peaks, smallest)
-    scale = tl.div_rn(peaks, tl.zeros_like(peaks) + bound)
-    if power_of_two:
-        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    coded = tl.minimum(tl.maximum(tl.div_rn(values, tl.zeros_like(values) + scale[:, None]), -bound), bound)
+    scale = tile_scales(peaks, bound, smallest, power_of_two)
+    coded = tile_codes(values, scale[:, None], bound)
     out = matrix * rows * columns + row[:, None] * columns + column[None, :]
     tl.store(codes + out, coded.to(codes.dtype.element_ty), mask=inside)
     if square:
