@@ -419,8 +419,9 @@ def _exit_code(error: Exception) -> int | None:
         return BROKEN
     from tangram.core.checkpoint import CheckpointError
     from tangram.core.session import RunError
+    from tangram.kernels.backend import BackendError
 
-    if isinstance(error, RunError):
+    if isinstance(error, RunError | BackendError):
         return USAGE
     return FAILED if isinstance(error, CheckpointError) else None
 

@@ -9,7 +9,7 @@ import torch
 
 from tangram.core.plugins import Plugins
 from tangram.core.process import versions
-from tangram.kernels import native_bfloat16
+from tangram.kernels import native_bfloat16, paths
 
 _PACKAGES = (
     "torch",
@@ -27,13 +27,20 @@ _PACKAGES = (
 
 
 def examine(plugins: Plugins) -> dict[str, object]:
-    """Return the findings under names that a person reads."""
+    """Return the findings under names that a person reads.
+
+    Raises:
+        BackendError: `TANGRAM_KERNELS` chooses no path.
+    """
+    taken = paths()
     return {
         "tangram": _version("tangram-lm"),
         "python": versions()["python"],
         **{name: _version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": os.cpu_count() or 1,
+        "operations on a CPU": taken["cpu"],
+        "operations on a GPU": taken["cuda"],
         "bfloat16 products": "native" if native_bfloat16() else "emulated; precision.compute=float32 is faster here",
         "free disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB",
         "writable": os.access(Path.cwd(), os.W_OK),

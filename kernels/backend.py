@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from tangram.kernels.jit import INTERPRETED, RUNS
+from tangram.kernels.jit import INSTALLED, INTERPRETED
 
 Choice = Literal["auto", "reference", "triton"]
 
@@ -24,11 +24,15 @@ Choice = Literal["auto", "reference", "triton"]
 _used: list[Choice] = []
 
 
+class BackendError(ValueError):
+    """What was chosen is no path, or one that cannot be taken here; the message says what to do."""
+
+
 def chosen() -> Choice:
     """Return the choice in force: the innermost `use`, or else what `TANGRAM_KERNELS` says.
 
     Raises:
-        ValueError: `TANGRAM_KERNELS` is none of the choices.
+        BackendError: `TANGRAM_KERNELS` is none of the choices.
     """
     if _used:
         return _used[-1]
@@ -40,7 +44,7 @@ def use(choice: Choice) -> Iterator[None]:
     """Choose the path of every operation inside, in all threads.
 
     Raises:
-        ValueError: It is none of the choices.
+        BackendError: It is none of the choices.
     """
     _used.append(_choice(choice, "kernels.use"))
     try:
@@ -53,38 +57,55 @@ def takes_kernel(x: Tensor) -> bool:
     """Return whether an operation on `x` runs its Triton kernel.
 
     Raises:
-        RuntimeError: It should, and cannot here.
+        BackendError: It should, and cannot here.
     """
-    choice = chosen()
-    if choice == "reference" or (choice == "auto" and not x.is_cuda):
+    if not _asked_for(x.device.type):
         return False
-    if not RUNS:
-        raise RuntimeError(
-            "Triton runs on a GPU, or on a CPU in its interpreter: set TRITON_INTERPRET=1 before Python starts, or "
-            "TANGRAM_KERNELS=reference for the operations in plain torch"
-        )
-    if not x.is_cuda and not INTERPRETED:
-        raise RuntimeError(
-            f"a Triton kernel cannot read a tensor on {x.device.type}: move it to the GPU, or set "
-            "TRITON_INTERPRET=1 before Python starts, or TANGRAM_KERNELS=reference"
-        )
+    hindrance = _hindrance(x.device.type)
+    if hindrance is not None:
+        raise BackendError(hindrance)
     return True
 
 
 def paths() -> dict[str, str]:
-    """Return the path that an operation takes for tensors on a CPU and on a GPU, and why."""
+    """Return the path that an operation takes for tensors on a CPU ("cpu") and on a GPU ("cuda"), and why.
+
+    Raises:
+        BackendError: `TANGRAM_KERNELS` is none of the choices.
+    """
+    said = "kernels.use" if _used else "TANGRAM_KERNELS" if os.environ.get("TANGRAM_KERNELS") else "the default"
+    return {device: f"{_path(device)} ({chosen()} by {said})" for device in ("cpu", "cuda")}
+
+
+def _path(device: str) -> str:
+    if not _asked_for(device):
+        return "plain torch"
+    hindrance = _hindrance(device)
+    if hindrance is not None:
+        return f"an error: {hindrance}"
+    return "the Triton kernel in the interpreter" if INTERPRETED else "the Triton kernel"
+
+
+def _asked_for(device: str) -> bool:
+    """Return whether the kernel is what tensors on a device of this type are to take."""
     choice = chosen()
-    why = "kernels.use" if _used else "TANGRAM_KERNELS" if os.environ.get("TANGRAM_KERNELS") else "the default"
-    said = f"{choice} by {why}"
-    cpu = "the Triton kernel in the interpreter" if choice == "triton" and INTERPRETED else "the twin in plain torch"
-    if choice == "triton" and not INTERPRETED:
-        cpu = "an error: it needs TRITON_INTERPRET=1"
-    gpu = "the twin in plain torch" if choice == "reference" else "the Triton kernel"
-    return {"cpu": f"{cpu} ({said})", "gpu": f"{gpu} ({said})"}
+    return choice == "triton" or (choice == "auto" and device == "cuda")
+
+
+def _hindrance(device: str) -> str | None:
+    """Return why the kernel cannot take tensors on a device of this type and what to do; None if it can."""
+    if device == "cuda" or INTERPRETED:
+        todo = "" if INSTALLED else "install the package triton"
+    else:
+        also = "" if INSTALLED else "install the package triton and "
+        todo = f"move them to a GPU, or {also}set TRITON_INTERPRET=1 before Python starts"
+    if not todo:
+        return None
+    return f"no Triton kernel runs here for tensors on {device}: {todo}, or set TANGRAM_KERNELS=reference"
 
 
 def _choice(text: str, source: str) -> Choice:
     for choice in get_args(Choice):
         if text == choice:
             return choice
-    raise ValueError(f"{source} is {text!r}; it is auto, reference or triton")
+    raise BackendError(f"{source} is {text!r}; it is auto, reference or triton")

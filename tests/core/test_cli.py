@@ -268,6 +268,27 @@ def test_doctor_says_what_is_here(shell: Shell) -> None:
     assert found["broken plugins"] == []
 
 
+def test_doctor_says_which_path_operations_take_and_why(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said() -> tuple[str, str]:
+        code, out, _ = shell("doctor", "--json")
+        assert code == 0
+        found = json.loads(out)
+        return found["operations on a CPU"], found["operations on a GPU"]
+
+    monkeypatch.delenv("TANGRAM_KERNELS", raising=False)
+    assert said()[0] == "plain torch (auto by the default)"
+    assert said()[1].startswith("the Triton kernel")
+    monkeypatch.setenv("TANGRAM_KERNELS", "reference")
+    assert set(said()) == {"plain torch (reference by TANGRAM_KERNELS)"}
+
+
+def test_a_path_that_is_none_is_a_mistake_of_the_user(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANGRAM_KERNELS", "tritn")
+    for command in (["doctor"], TRAIN):
+        code, _, err = shell(*command)
+        assert (code, err.splitlines()[-1]) == (2, "TANGRAM_KERNELS is 'tritn'; it is auto, reference or triton")
+
+
 def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
     reader, writer = os.pipe()
     os.close(reader)
