@@ -191,6 +191,10 @@ class Recompute:
             self._recipes[y.untyped_storage().data_ptr()] = (y, recipe)
         return y
 
+    def remembers(self, tensor: Tensor) -> bool:
+        """Return whether saving the tensor for backward would keep a recipe in its place."""
+        return self._recipes is not None and isinstance(self._use(tensor), _Use)
+
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Replace what is saved inside by recipes; one scope is one phase."""

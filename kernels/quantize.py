@@ -102,6 +102,24 @@ def _spread(scales: Tensor, tile: int, columns: int) -> Tensor:
     return scales.repeat_interleave(tile, 1)[:, :columns]
 
 
+class Scaling(NamedTuple):
+    """How an operand of a product is quantised.
+
+    Attributes:
+        format: float8_e4m3fn, or float8_e5m2 with more range and a bit less of mantissa.
+        shared: What has one scale: a tile, the tiles of `tile` rows (a square block), a whole row, or all of it.
+        power_of_two: Every scale is rounded up to a power of two.
+    """
+
+    format: torch.dtype = E4M3
+    shared: Shared = "tile"
+    power_of_two: bool = False
+
+
+TILES = Scaling()
+"""E4M3 in tiles with a scale of their own, as DeepSeek-V3 has it."""
+
+
 class Quantized(NamedTuple):
     """A matrix in FP8.
 
@@ -151,6 +169,7 @@ def quantize_blocks(
     power_of_two: bool = False,
     *,
     format: torch.dtype = E4M3,
+    whole: bool = False,
     passes: Passes = PLAIN,
 ) -> Quantized:
     """Return the codes and the scales of finite matrices, their blocks `block` rows by `block` columns.
@@ -160,14 +179,15 @@ def quantize_blocks(
         block: Side of a block.
         power_of_two: Round every scale up to a power of two.
         format: float8_e4m3fn or float8_e5m2.
+        whole: All blocks of a matrix have one scale; this runs in plain torch anywhere.
         passes: How the passes over the matrix run.
 
     Returns:
         Codes [..., N, K], and scales float32 [..., ceil(N / block), ceil(K / block)] that multiply them.
     """
-    if format is E4M3 and takes_kernel(w):
+    if format is E4M3 and not whole and takes_kernel(w):
         return Quantized(*torch.ops.tangram.quantize_blocks(w, block, power_of_two))
-    return _blocks(w, block, power_of_two, format, passes)
+    return _blocks(w, block, power_of_two, format, whole, passes)
 
 
 def dequantize(
@@ -223,11 +243,14 @@ def _tiles(
     return Quantized(passes.encode(x, scales, tile, format), scales)
 
 
-def _blocks(w: Tensor, block: int, power_of_two: bool, format: torch.dtype, passes: Passes) -> Quantized:
+def _blocks(w: Tensor, block: int, power_of_two: bool, format: torch.dtype, whole: bool, passes: Passes) -> Quantized:
     rows = w.shape[-2]
     flat = w.flatten(0, -2).contiguous()
     peaks = passes.peaks(flat, block)  # [E * N, tiles]
-    scales = scales_of(_pooled(peaks.view(*w.shape[:-1], peaks.shape[1]), block), power_of_two, format)
+    pooled = _pooled(peaks.view(*w.shape[:-1], peaks.shape[1]), block)  # [..., down, across]
+    if whole and pooled.numel():
+        pooled = pooled.amax((-2, -1), keepdim=True).expand_as(pooled).contiguous()
+    scales = scales_of(pooled, power_of_two, format)
     each = _for_each_row(scales, block, rows)
     return Quantized(passes.encode(flat, each.flatten(0, -2), block, format).view(w.shape), scales)
 
@@ -246,10 +269,13 @@ def _for_each_row(scales: Tensor, block: int, rows: int) -> Tensor:
 def scales_of(peaks: Tensor, power_of_two: bool, format: torch.dtype) -> Tensor:
     """Return the scales of tiles whose largest magnitudes are `peaks`, float32."""
     scales = peaks.clamp_min(SMALLEST_PEAK) / largest(format)
-    if power_of_two:
-        # Up to the next power of two by the bits: a logarithm would be off at the powers themselves.
-        scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return scales
+    return powers_of_two(scales) if power_of_two else scales
+
+
+def powers_of_two(scales: Tensor) -> Tensor:
+    """Return positive normal float32 numbers rounded up to powers of two."""
+    # By the bits: a logarithm would be off at the powers themselves.
+    return ((scales.contiguous().view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 @triton.jit
@@ -356,7 +382,7 @@ def _(x: Tensor, tile: int, power_of_two: bool, transposed: bool) -> tuple[Tenso
 @torch.library.custom_op("tangram::quantize_blocks", mutates_args=())
 def _quantize_blocks(w: Tensor, block: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
     if not takes_kernel(w):
-        return _blocks(w, block, power_of_two, E4M3, PLAIN)
+        return _blocks(w, block, power_of_two, E4M3, False, PLAIN)
     codes, scales = _launch(w[None] if w.dim() == 2 else w, block, block, True, power_of_two)
     return codes.view(w.shape), scales.view(*w.shape[:-2], *scales.shape[-2:])
 
