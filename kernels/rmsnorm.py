@@ -84,7 +84,7 @@ def _norm(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, COLUMNS).to(tl.int64)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     factor = tl.load(weight + column, mask=column < columns, other=0.0).to(wide)
     far = row.to(tl.int64)[:, None]
@@ -114,7 +114,7 @@ def _norm_backward(
     COLUMNS: tl.constexpr,
 ):
     # One program takes every so many rows, and adds up what they give to dweight.
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, COLUMNS).to(tl.int64)
     factor = tl.load(weight + column, mask=column < columns, other=0.0).to(wide)
     total = tl.zeros((ROWS, COLUMNS), wide)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
