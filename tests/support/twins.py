@@ -48,3 +48,18 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
         return False
     as_bits = integers[one.element_size()]
     return torch.equal(one.contiguous().view(as_bits), other.contiguous().view(as_bits))
+
+
+def opcheck_of_codes(op: Any, args: tuple[Any, ...]) -> None:
+    """Check an operation that is given FP8 as `torch.library.opcheck` does.
+
+    Its check of the schema compares the arguments before and after with arithmetic that FP8 does not have; here their
+    bits are.
+    """
+    tensors = [each for each in args if isinstance(each, Tensor)]
+    before = [each.clone() for each in tensors]
+    out = op(*args)
+    assert all(same_bits(one, other) for one, other in zip(before, tensors, strict=True))
+    assert out.untyped_storage().data_ptr() not in [each.untyped_storage().data_ptr() for each in tensors]
+    utils = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+    torch.library.opcheck(op, args, test_utils=utils)
