@@ -1,6 +1,7 @@
 """The head and its cross entropy in one, against the dense definition in float64."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from twins import DEVICE, guarded, same_bits, strided
 
+from tangram import kernels
 from tangram.kernels import linear_cross_entropy, products
+from tangram.kernels.cross_entropy import CrossEntropy
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -195,6 +199,70 @@ def test_the_logits_of_all_tokens_never_exist(dtype):
     with Largest() as seen:
         linear_cross_entropy(x, weight, targets, 1 / n, chunk=chunk, gradients=True)
     assert seen.numel == max(n * d, v * d, chunk * v)
+
+
+KERNEL = sys.modules["tangram.kernels.cross_entropy"]
+
+
+def by_kernel(x: Tensor, weight: Tensor, targets: Tensor, scale: float, **settings) -> CrossEntropy:
+    """Return what the Triton kernel gives, on the CPU."""
+    with kernels.use("triton"):
+        out = linear_cross_entropy(x.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), scale, **settings)
+    return CrossEntropy(*(None if t is None else t.cpu() for t in out))
+
+
+@pytest.mark.usefixtures("_bfloat16")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("held", [guarded, strided])
+@pytest.mark.parametrize(
+    ("n", "d", "v", "chunk", "ignored"),
+    [(9, 5, 100, 4, 0.3), (5, 12, 64, 9, 0.0), (4, 3, 33, 2, 1.0), (3, 2, 1, 3, 0.0), (0, 2, 5, 3, 0.0)],
+)
+def test_the_kernel_gives_the_loss_and_gradients_of_the_definition(n, d, v, chunk, ignored, held, dtype, monkeypatch):
+    monkeypatch.setattr(KERNEL, "_BLOCK", 32)
+    x, weight = held(4 * drawn(n, n, d, dtype=dtype)), held(drawn(n + 1, v, d, dtype=dtype))
+    targets, scale = guarded(some_targets(n, n, v, ignored)), 1 / 7
+    got = by_kernel(x, weight, targets, scale, chunk=chunk, gradients=True)
+    twin = linear_cross_entropy(x.cpu(), weight.cpu(), targets.cpu(), scale, chunk=chunk, gradients=True)
+    want = definition(x.cpu(), weight.cpu(), targets.cpu(), scale)
+    for one, by_twin, other, room in zip(
+        got, twin, want, rooms(x.cpu(), weight.cpu(), targets.cpu(), scale), strict=True
+    ):
+        assert (one.dtype, one.shape) == (by_twin.dtype, by_twin.shape)
+        assert ((one - other).abs() <= room).all()
+    kept = targets.cpu() != -100
+    assert not got.x_grad[~kept].any()
+
+
+def test_the_kernel_takes_another_ignored_target_and_no_gradients():
+    x, weight, targets = drawn(0, 12, 4), drawn(1, 7, 4), some_targets(0, 12, 7, 0.5)
+    usual = by_kernel(x, weight, targets, 0.5, gradients=True)
+    padding = by_kernel(x, weight, targets.masked_fill(targets < 0, 7), 0.5, ignore=7, gradients=False)
+    assert same_bits(usual.loss, padding.loss)
+    assert padding.x_grad is None
+    assert padding.weight_grad is None
+
+
+def test_the_kernel_keeps_logits_of_thousands_finite(monkeypatch):
+    monkeypatch.setattr(KERNEL, "_BLOCK", 2)
+    x, weight = torch.full((2, 1), 1e4), torch.tensor([[-1.0], [0.5], [1.0], [-2.0], [0.0]])
+    loss, x_grad, weight_grad = by_kernel(x, weight, torch.tensor([2, 0]), 1.0, gradients=True)
+    assert float(loss) == 2e4
+    assert x_grad.flatten().tolist() == [0.0, 2.0]
+    assert weight_grad.flatten().tolist() == [-1e4, 0.0, 1e4, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_knows_the_operation(path, dtype):
+    logits, targets = drawn(0, 5, 7, dtype=dtype), some_targets(0, 5, 7, 0.3)
+    op = torch.ops.tangram.cross_entropy_rows
+    with kernels.use(path):
+        for gradients in (True, False):
+            torch.library.opcheck(op, (logits.clone(), targets, 0.5, -100, gradients))
+        losses = op(logits.clone(), targets, 0.5, -100, True)
+    meta = op(logits.to("meta"), targets.to("meta"), 0.5, -100, True)
+    assert (meta.dtype, meta.shape) == (losses.dtype, losses.shape) == (torch.float32, (5,))
 
 
 def test_mistakes_are_named():
