@@ -4,7 +4,8 @@ Pair i of a vector at position p is turned by the angle p * f_i, with f_i = thet
 
     (a, b) -> (a cos - b sin, a sin + b cos)
 
-so that the product of two turned vectors depends on their positions only through the difference. A pair is
+so that the product of two turned vectors depends on their positions only through the difference. What arrives in
+backward is turned by the opposite angle. A pair is
 either interleaved, elements (2i, 2i + 1) as in the released DeepSeek-V3 weights, or split, (i, i + R/2).
 
 YaRN slows the pairs that turn less than `beta_slow` times over the original length by `factor`, leaves those
@@ -17,7 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tangram.kernels.backend import takes_kernel
+from tangram.kernels.jit import tl, triton, wide_type
 from tangram.kernels.products import accumulator
+
+_TILE = 4096
+"""Numbers that one program of the kernel turns."""
 
 
 class Yarn(NamedTuple):
@@ -98,7 +104,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Ten
         cos: Cosines from `rotation`, [B, S, R/2].
         sin: Sines from `rotation`, [B, S, R/2].
         interleaved: Whether pairs are elements (2i, 2i + 1) rather than (i, i + R/2).
+
+    Raises:
+        ValueError: The tables need a gradient, which the kernel does not compute.
     """
+    if takes_kernel(x):
+        return torch.ops.tangram.rotate(x, cos, sin, interleaved)
+    return _turned(x, cos, sin, interleaved)
+
+
+def rope(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool = True) -> Tensor:
+    """Return `x` [B, S, H, R] turned according to `positions` [B, S], in its dtype.
+
+    Args:
+        x: Queries or keys; a key shared by all heads has H = 1.
+        positions: Integers [B, S].
+        frequencies: What `frequencies` returned, [R/2].
+        interleaved: Whether pairs are elements (2i, 2i + 1) rather than (i, i + R/2).
+    """
+    return rotate(x, *rotation(positions, frequencies, x.dtype), interleaved)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, S, 1, R/2]
     wide = x.to(accumulator(x.dtype))
     if interleaved:
@@ -112,13 +139,97 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Ten
     return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).to(x.dtype)
 
 
-def rope(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool = True) -> Tensor:
-    """Return `x` [B, S, H, R] turned according to `positions` [B, S], in its dtype.
+@triton.jit
+def _turn(
+    x,
+    cos,
+    sin,
+    y,
+    rows,
+    pairs,
+    positions,
+    heads,
+    stride_sequence,
+    stride_position,
+    stride_head,
+    stride_column,
+    interleaved: tl.constexpr,
+    wide: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    # A row is one head of one token.
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    token = row // heads
+    at = x + token // positions * stride_sequence + token % positions * stride_position + row % heads * stride_head
+    out = y + row * 2 * pairs
+    pair = tl.arange(0, PAIRS).to(tl.int64)[None, :]
+    inside = (row < rows) & (pair < pairs)
+    cosine = tl.load(cos + token * pairs + pair, mask=inside, other=0.0).to(wide)
+    sine = tl.load(sin + token * pairs + pair, mask=inside, other=0.0).to(wide)
+    if interleaved:
+        # Read and written side by side and parted in between: memory is slow in strides of two.
+        column = tl.arange(0, 2 * PAIRS).to(tl.int64)[None, :]
+        whole = (row < rows) & (column < 2 * pairs)
+        values = tl.load(at + column * stride_column, mask=whole, other=0.0).to(wide)
+        first, second = tl.split(tl.reshape(values, (ROWS, PAIRS, 2)))
+        turned = tl.join(first * cosine - second * sine, first * sine + second * cosine)
+        tl.store(out + column, tl.reshape(turned, (ROWS, 2 * PAIRS)).to(y.dtype.element_ty), mask=whole)
+    else:
+        first = tl.load(at + pair * stride_column, mask=inside, other=0.0).to(wide)
+        second = tl.load(at + (pair + pairs) * stride_column, mask=inside, other=0.0).to(wide)
+        tl.store(out + pair, (first * cosine - second * sine).to(y.dtype.element_ty), mask=inside)
+        tl.store(out + pair + pairs, (first * sine + second * cosine).to(y.dtype.element_ty), mask=inside)
 
-    Args:
-        x: Queries or keys; a key shared by all heads has H = 1.
-        positions: Integers [B, S].
-        frequencies: What `frequencies` returned, [R/2].
-        interleaved: Whether pairs are elements (2i, 2i + 1) rather than (i, i + R/2).
-    """
-    return rotate(x, *rotation(positions, frequencies, x.dtype), interleaved)
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        sequences, positions, heads, width = x.shape
+        rows, tables = sequences * positions * heads, (sequences, positions, width // 2)
+        across = triton.next_power_of_2(width // 2)
+        tall = max(_TILE // (2 * across), 1)
+        _turn[(triton.cdiv(rows, tall),)](
+            x,
+            cos.expand(tables).contiguous(),
+            sin.expand(tables).contiguous(),
+            y,
+            rows,
+            width // 2,
+            positions,
+            heads,
+            *x.stride(),
+            interleaved=interleaved,
+            wide=wide_type(x.dtype),
+            ROWS=tall,
+            PAIRS=across,
+        )
+    return y
+
+
+@torch.library.custom_op("tangram::rotate", mutates_args=())
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return (_launch if takes_kernel(x) else _turned)(x, cos, sin, interleaved).contiguous()
+
+
+@_rotate.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _keep(ctx, inputs, output):
+    _, cos, sin, ctx.interleaved = inputs
+    if any(ctx.needs_input_grad[1:]):
+        raise ValueError(
+            "the kernel of rotate has no gradient for its cosines and sines: detach them, or choose the twin with "
+            "TANGRAM_KERNELS=reference"
+        )
+    ctx.save_for_backward(cos, sin)
+
+
+def _turn_back(ctx, grad):
+    cos, sin = ctx.saved_tensors
+    return torch.ops.tangram.rotate(grad, cos, -sin, ctx.interleaved), None, None, None
+
+
+_rotate.register_autograd(_turn_back, setup_context=_keep)

@@ -1,4 +1,4 @@
-"""Rotary embedding: what turning must and must not change, and YaRN's published numbers."""
+"""Rotary embedding: what turning must and must not change, YaRN's published numbers, and its kernel and twin."""
 
 import math
 
@@ -7,8 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from twins import guarded, numbers, on_both, strided
 
+from tangram import kernels
 from tangram.kernels import Yarn, frequencies, rope, rotate, rotation
+from tangram.testing import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 THETA = 10000.0
@@ -158,3 +161,54 @@ def test_yarn_never_slows_by_more_than_the_factor(pairs, factor, length, theta):
 def test_an_odd_width_is_refused():
     with pytest.raises(ValueError, match="width is 7"):
         frequencies(7, THETA)
+
+
+def on_device(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables for x [B, S, H, R], with NaN around them."""
+    cos, sin = rotation(positions, frequencies(x.shape[-1], THETA), x.dtype)
+    return guarded(cos), guarded(sin)
+
+
+def with_gradient(x: Tensor, grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = rotate(x, cos, sin, interleaved)
+    return y.detach(), *torch.autograd.grad(y, x, grad)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("shape", [(2, 37, 3, 6), (1, 5, 1, 64), (3, 1, 20, 2), (0, 4, 2, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("held", [guarded, strided])
+def test_the_kernel_agrees_with_the_twin(interleaved, shape, dtype, held):
+    x, grad = held(numbers(*shape, seed=1, dtype=dtype)), held(numbers(*shape, seed=2, dtype=dtype))
+    turn = on_device(x, 7 * torch.arange(shape[0] * shape[1]).view(shape[:2]))
+    for twin, kernel in zip(*on_both(lambda: with_gradient(x, grad, *turn, interleaved)), strict=True):
+        assert (kernel.dtype, kernel.shape) == (twin.dtype, twin.shape)
+        assert_close(kernel, twin, length=1 if dtype is torch.bfloat16 else 3)  # two products and their sum
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_the_kernel_takes_slices_of_heads_expanded_gradients_and_one_table_for_all_sequences(interleaved):
+    heads, grad = guarded(numbers(9, 3, 4, 11, seed=1)), guarded(numbers(1, 1, 4, 8, seed=2)).expand(3, 9, 4, 8)
+    part = heads.transpose(0, 1)[..., 3:]
+    cos, sin = on_device(part, torch.arange(9)[None])
+    for twin, kernel in zip(*on_both(lambda: with_gradient(part, grad, cos, sin, interleaved)), strict=True):
+        assert_close(kernel, twin, length=3)
+
+
+def test_the_kernel_refuses_tables_that_need_a_gradient():
+    x = guarded(numbers(1, 2, 1, 4, seed=1))
+    cos, sin = on_device(x, torch.arange(2)[None])
+    with kernels.use("triton"), pytest.raises(ValueError, match="detach them"):
+        rotate(x, cos.requires_grad_(), sin)
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_torch_knows_the_operation(path):
+    x = numbers(2, 3, 2, 4, seed=1, dtype=torch.bfloat16)
+    turn = rotation(torch.arange(6).view(2, 3), frequencies(4, THETA), x.dtype)
+    with kernels.use(path):
+        for interleaved in (True, False):
+            torch.library.opcheck(torch.ops.tangram.rotate, (x.clone().requires_grad_(), *turn, interleaved))
+        meta = torch.ops.tangram.rotate(x.to("meta"), *(table.to("meta") for table in turn), True)
+    assert (meta.dtype, meta.shape, meta.stride()) == (x.dtype, x.shape, x.stride())
