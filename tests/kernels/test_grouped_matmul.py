@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from twins import DEVICE, guarded, numbers, on_both, same_bits, strided
 
+from tangram import kernels
 from tangram.kernels import (
     grouped_matmul,
     grouped_matmul_forward,
@@ -42,6 +44,20 @@ def bound(terms: int, dtype: torch.dtype) -> float:
     return (terms + 2) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps + torch.finfo(dtype).eps
 
 
+def assert_dense(got: tuple[Tensor, ...], rows: Tensor, weight: Tensor, grad: Tensor, counts: Tensor) -> None:
+    """Assert that output, input gradient and weight gradient are those of the dense product, to the rounding."""
+    rows64, weight64 = (t.detach().double().requires_grad_() for t in (rows, weight))
+    want_y = dense(rows64, weight64, counts)
+    want = want_y, *torch.autograd.grad(want_y, (rows64, weight64), grad.double())
+    size64 = [t.detach().abs().requires_grad_() for t in (rows64, weight64)]
+    size_y = dense(*size64, counts)
+    size = size_y, *torch.autograd.grad(size_y, size64, grad.double().abs())
+    terms = rows.shape[1], grad.shape[1], int(counts.max())
+    for one, other, room, length in zip(got, want, size, terms, strict=True):
+        assert one.dtype is rows.dtype
+        assert ((one - other).abs() <= bound(length, rows.dtype) * room).all()
+
+
 @pytest.mark.usefixtures("_bfloat16")
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestProducts:
@@ -54,17 +70,7 @@ class TestProducts:
             weight = drawn(seed + 1, len(sizes), n, k, dtype=dtype).requires_grad_()
             grad = drawn(seed + 2, sum(sizes), n, dtype=dtype)
             y = grouped_matmul(rows, weight, counts)
-            got = torch.autograd.grad(y, (rows, weight), grad)
-            rows64, weight64 = (t.detach().double().requires_grad_() for t in (rows, weight))
-            want_y = dense(rows64, weight64, counts)
-            want = torch.autograd.grad(want_y, (rows64, weight64), grad.double())
-            size64 = [t.detach().abs().requires_grad_() for t in (rows64, weight64)]
-            size_y = dense(*size64, counts)
-            size = torch.autograd.grad(size_y, size64, grad.double().abs())
-            assert {y.dtype, got[0].dtype, got[1].dtype} == {dtype}
-            assert ((y - want_y).abs() <= bound(k, dtype) * size_y).all()
-            assert ((got[0] - want[0]).abs() <= bound(n, dtype) * size[0]).all()
-            assert ((got[1] - want[1]).abs() <= bound(max(sizes), dtype) * size[1]).all()
+            assert_dense((y, *torch.autograd.grad(y, (rows, weight), grad)), rows, weight, grad, counts)
 
         law()
 
@@ -131,7 +137,13 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mistakes_are_named(dtype):
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_mistakes_are_named(path, dtype):
+    with kernels.use(path):
+        refuses_mistakes(dtype)
+
+
+def refuses_mistakes(dtype):
     rows, weight = torch.ones(8, 8, dtype=dtype), torch.ones(2, 8, 8, dtype=dtype)
     with pytest.raises(ValueError, match="sum to 7, but there are 8 rows"):
         grouped_matmul(rows, weight, torch.tensor([3, 4]))
@@ -141,6 +153,18 @@ def test_mistakes_are_named(dtype):
         grouped_matmul(rows, weight, torch.tensor([3, 4, 1]))
     with pytest.raises(ValueError, match="cast one"):
         grouped_matmul(rows, weight.half(), torch.tensor([3, 5]))
+    with pytest.raises(ValueError, match="rows of width 7 and matrices for a width of 8"):
+        grouped_matmul(rows[:, :7], weight, torch.tensor([3, 5]))
+    with pytest.raises(ValueError, match="a gradient at 8 rows, but there are 7"):
+        grouped_matmul_weight_grad(rows, rows[:7], torch.tensor([3, 5]))
+
+
+def test_one_row_of_a_wider_matrix_is_taken():
+    wide, weight = drawn(0, 4, 13, dtype=torch.float32), drawn(1, 2, 8, 12, dtype=torch.float32)
+    row, counts = wide[:1, :12], torch.tensor([0, 1])  # contiguous, with a stride that is no 16 bytes
+    want = row @ weight[1].t()
+    assert torch.allclose(grouped_matmul(row, weight, counts), want)
+    assert grouped_matmul_weight_grad(want, row, counts)[1].any()
 
 
 def test_widening_only_touches_bfloat16(monkeypatch):
@@ -151,3 +175,94 @@ def test_widening_only_touches_bfloat16(monkeypatch):
     assert products.product_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) is torch.bfloat16
     monkeypatch.setattr(products, "native_bfloat16", lambda: True)
     assert products.product_dtype(torch.zeros(1, dtype=torch.bfloat16)) is torch.bfloat16
+
+
+def on_the_kernel(dtype, sizes, held):
+    """Operands that take two blocks or steps each way, and every product of them by both paths."""
+    inputs, outputs = (40, 70) if dtype is torch.float32 else (70, 130)
+    counts = torch.tensor(sizes, device=DEVICE)
+    rows = held(numbers(sum(sizes), inputs, seed=1, dtype=dtype)).requires_grad_()
+    weight = held(numbers(len(sizes), outputs, inputs, seed=2, dtype=dtype)).requires_grad_()
+    grad = held(numbers(sum(sizes), outputs, seed=3, dtype=dtype))
+
+    def run():
+        y = grouped_matmul(rows, weight, counts)
+        return y.detach(), *torch.autograd.grad(y, (rows, weight), grad)
+
+    return *on_both(run), rows, weight, grad, counts
+
+
+@pytest.mark.parametrize("sizes", [[30, 0, 130, 7], [5], [0, 0], [0, 70, 0], [1] * 4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_give_the_products_of_the_twins(sizes, dtype):
+    twin, kernel, *operands = on_the_kernel(dtype, sizes, guarded)
+    assert_dense(twin, *operands)
+    assert_dense(kernel, *operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pieces_are_what_the_whole_does_on_the_kernels_with_strided_operands(dtype):
+    _, kernel, rows, weight, grad, counts = on_the_kernel(dtype, [5, 0, 66], strided)
+    assert_dense(kernel, rows, weight, grad, counts)
+    with kernels.use("triton"), torch.no_grad():
+        assert same_bits(grouped_matmul_forward(rows, weight, counts), kernel[0])
+        assert same_bits(grouped_matmul_input_grad(grad, weight, counts), kernel[1])
+        assert same_bits(grouped_matmul_weight_grad(grad, rows, counts), kernel[2])
+
+
+def test_the_kernels_take_half_precision_and_widths_of_zero():
+    counts = torch.tensor([3, 0, 5], device=DEVICE)
+    for inputs, outputs in ((20, 30), (0, 3)):
+        rows, weight = numbers(8, inputs, seed=1).half(), numbers(3, outputs, inputs, seed=2).half()
+        rows, weight, grad = (guarded(t) for t in (rows, weight, numbers(8, outputs, seed=3).half()))
+        with kernels.use("triton"):
+            got = (
+                grouped_matmul_forward(rows, weight, counts),
+                grouped_matmul_input_grad(grad, weight, counts),
+                grouped_matmul_weight_grad(grad, rows, counts),
+            )
+        assert_dense(got, rows, weight, grad, counts)
+
+
+def test_programs_in_groups_compute_every_block():
+    counts = torch.tensor([300, 1, 290], device=DEVICE)  # 11 blocks of 64 rows, times 2
+    rows, weight = guarded(numbers(591, 3, seed=1)), guarded(numbers(3, 70, 3, seed=2))
+    twin, kernel = on_both(lambda: grouped_matmul_forward(rows, weight, counts))
+    assert ((kernel - twin).abs() <= bound(3, torch.float32) * dense(rows.abs(), weight.abs(), counts)).all()
+    grad, rows = guarded(numbers(5, 591, seed=3)), guarded(numbers(5, 70, seed=4))
+    twin, kernel = on_both(lambda: grouped_matmul_weight_grad(grad, rows, torch.tensor([2, 3], device=DEVICE)))
+    size = torch.stack([grad[:2].abs().t() @ rows[:2].abs(), grad[2:].abs().t() @ rows[2:].abs()])
+    assert ((kernel - twin).abs() <= bound(3, torch.float32) * size).all()
+
+
+def test_an_expert_without_rows_may_hold_anything():
+    counts = torch.tensor([0, 5, 0, 3, 0], device=DEVICE)
+    rows, weight = numbers(8, 16, seed=1), numbers(5, 24, 16, seed=2)
+    weight[counts.cpu() == 0] = float("nan")
+    for y in on_both(lambda: grouped_matmul_forward(guarded(rows), guarded(weight), counts)):
+        assert y.isfinite().all()
+
+
+def test_the_kernels_refuse_what_they_cannot_sum():
+    rows, weight, counts = torch.ones(8, 8).double(), torch.ones(2, 8, 8).double(), torch.tensor([3, 5])
+    with kernels.use("triton"), pytest.raises(ValueError, match=r"does not multiply torch\.float64"):
+        grouped_matmul(*(t.to(DEVICE) for t in (rows, weight, counts)))
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_torch_knows_the_operations(path):
+    counts = torch.tensor([3, 0, 5], device=DEVICE)
+    rows = numbers(8, 12, seed=1).to(DEVICE).requires_grad_()
+    weight, grad = numbers(3, 20, 12, seed=2).to(DEVICE).requires_grad_(), numbers(8, 20, seed=3).to(DEVICE)
+    ops = torch.ops.tangram
+    with kernels.use(path):
+        torch.library.opcheck(ops.grouped_matmul, (rows, weight, counts))
+        torch.library.opcheck(ops.grouped_matmul_input_grad, (grad, weight.detach(), counts))
+        torch.library.opcheck(ops.grouped_matmul_weight_grad, (grad, rows.detach(), counts))
+        rows, weight, grad, counts = (t.detach().bfloat16().to("meta") for t in (rows, weight, grad, counts))
+        for made, like in (
+            (ops.grouped_matmul(rows, weight, counts), grad),
+            (ops.grouped_matmul_input_grad(grad, weight, counts), rows),
+            (ops.grouped_matmul_weight_grad(grad, rows, counts), weight),
+        ):
+            assert (made.device.type, made.dtype, made.shape) == ("meta", torch.bfloat16, like.shape)
