@@ -69,6 +69,21 @@ class Averaging(Protocol):
         ...
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """A module of the model that can say how well its arithmetic holds its inputs; evaluations ask it for one batch.
+
+    Attributes:
+        layer: The block that it is in.
+    """
+
+    layer: int
+
+    def measures(self, *inputs: Tensor) -> Mapping[str, float]:
+        """Return quantities of which the largest of a layer is worth seeing, by name."""
+        ...
+
+
 # --- inside the model -------------------------------------------------------------------------------------------
 
 
@@ -315,6 +330,14 @@ class Precision(Protocol):
     @property
     def master(self) -> torch.dtype:
         """Dtype of parameters."""
+        ...
+
+    @property
+    def rounding(self) -> float:
+        """By how much of itself an operand may be off when a linear multiplies it; 0 if it is as it was given.
+
+        One of less than 2^-9 of the largest of its matrix may be off by `rounding` times that.
+        """
         ...
 
     def linear(self, ctx: "Context", d_in: int, d_out: int, *, input: Input = "plain") -> nn.Module:

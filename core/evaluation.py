@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tangram.core.context import Parallel
+from tangram.core.contracts import Measured
 from tangram.core.executor import Executor
 from tangram.core.model import Model
 from tangram.core.plan import forward_only
@@ -26,14 +27,35 @@ def evaluate(run: Trainer, limit: int | None = None) -> EvalReport | None:
     nats: dict[str, float] = {}
     targets, size = 0, 0
     batches = held_out.batches(micro)
+    measures: dict[str, dict[int, float]] = {}
     for batch, n_bytes in batches if limit is None else islice(batches, math.ceil(limit / micro)):
-        result = executor.run(batch, run.progress)
+        with nullcontext() if targets else _measured(run.model, measures):
+            result = executor.run(batch, run.progress)
         for name, loss in result.losses.items():
             nats[name] = nats.get(name, 0.0) + loss * batch.n_targets
         targets, size = targets + batch.n_targets, size + n_bytes
     losses = {name: value / targets for name, value in nats.items() if name in run.model.objectives}
     bits = nats["next_token"] / math.log(2) / size if "next_token" in nats and size else None
-    return EvalReport(run.progress, losses, bits, targets, size, complete=size == held_out.n_bytes)
+    complete = size == held_out.n_bytes
+    return EvalReport(run.progress, losses, bits, targets, size, complete, measures)
+
+
+@contextmanager
+def _measured(model: Model, found: dict[str, dict[int, float]]) -> Iterator[None]:
+    """Ask every module that can for its measures of what passes inside; of a layer the largest is kept."""
+
+    def ask(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, Measured)
+        for name, value in module.measures(*inputs).items():
+            layers = found.setdefault(name, {})
+            layers[module.layer] = max(value, layers.get(module.layer, value))
+
+    hooks = [module.register_forward_pre_hook(ask) for module in model.modules() if isinstance(module, Measured)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -249,6 +249,16 @@ def violation_by_layer(run: RunRecord) -> str | None:
     return _by_layer(run, "violation", "load violation")
 
 
+def fp8_error_by_layer(run: RunRecord) -> str | None:
+    """Draw the relative error of each layer's worst product in FP8."""
+    return _by_layer(run, "eval.fp8_error", "relative error")
+
+
+def fp8_underflow_by_layer(run: RunRecord) -> str | None:
+    """Draw the share of inputs that are zero in FP8, the largest of each layer."""
+    return _by_layer(run, "eval.fp8_underflow", "share that becomes zero")
+
+
 def bias_by_layer(run: RunRecord) -> str | None:
     """Draw the largest expert bias of each layer."""
     return _by_layer(run, "bias", "largest expert bias")
@@ -340,6 +350,16 @@ FIGURES: Sequence[tuple[str, str, Callable[[RunRecord], str | None]]] = (
     ),
     ("Expert bias", "The largest absolute bias of any expert after the step.", expert_bias),
     ("Expert bias by layer", "The largest of each layer; a cell of a map is the largest of its steps.", bias_by_layer),
+    (
+        "FP8 error by layer",
+        "Of each layer's products on one held-out batch, the one that is off most: the norm of its error over its own.",
+        fp8_error_by_layer,
+    ),
+    (
+        "FP8 underflow by layer",
+        "The largest share of a product's inputs that become zero, on the same batch.",
+        fp8_underflow_by_layer,
+    ),
     ("Learning rate", "As set for each step.", learning_rate),
     ("Gradient norm", "Before clipping.", gradient_norm),
     ("Parameters", "Weights by part, all experts counted.", parameter_parts),

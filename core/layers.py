@@ -93,6 +93,8 @@ class GroupedLinear(nn.Module):
 class FullPrecision:
     """Every product in the compute dtype; parameters in float32, or float64 where that computes."""
 
+    rounding = 0.0
+
     def __init__(self, compute: torch.dtype = torch.float32) -> None:
         self.compute = compute
         self.master = torch.promote_types(compute, torch.float32)

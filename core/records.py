@@ -354,6 +354,7 @@ class EvalReport:
         n_targets: Targets seen.
         n_bytes: UTF-8 bytes of the text seen.
         complete: Whether all held-out text was seen.
+        measures: What modules said of their arithmetic on the first micro-batch: by name, the largest of each layer.
     """
 
     now: Progress
@@ -362,6 +363,7 @@ class EvalReport:
     n_targets: int
     n_bytes: int
     complete: bool
+    measures: Mapping[str, Mapping[int, float]] = field(factory=dict)
 
     def metrics(self) -> dict[str, float | int | bool]:
         """Return the evaluation's row of metrics.jsonl."""
@@ -369,6 +371,8 @@ class EvalReport:
         row |= {f"eval.loss.{name}": value for name, value in self.losses.items()}
         if self.bits_per_byte is not None:
             row["eval.bits_per_byte"] = self.bits_per_byte
+        for name, values in self.measures.items():
+            row |= _by_layer(f"eval.{name}", values)
         return row | {
             "eval.targets": self.n_targets,
             "eval.bytes": self.n_bytes,

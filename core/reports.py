@@ -110,11 +110,12 @@ class RunRecord:
         return _trace(self.evaluations, over, name)
 
     def by_layer(self, name: str, over: str = "tokens") -> dict[int, Trace]:
-        """Return a quantity that the steps report layer by layer, such as `violation`, over another."""
-        columns = {column: None for row in self.steps for column in row}
+        """Return a quantity that steps (or evaluations: `eval.`) report layer by layer, such as `violation`."""
+        rows = self.evaluations if name.startswith("eval.") else self.steps
+        columns = {column: None for row in rows for column in row}
         names = (column.removeprefix(f"{name}.") for column in columns if column.startswith(f"{name}."))
         layers = sorted(int(layer) for layer in names if layer.isdecimal())
-        return {layer: self.trace(f"{name}.{layer}", over) for layer in layers}
+        return {layer: _trace(rows, over, f"{name}.{layer}") for layer in layers}
 
     def setting(self, path: str) -> Scalar:
         """Return the value of a leaf of the preset; None where there is no such leaf."""

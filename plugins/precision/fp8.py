@@ -74,6 +74,8 @@ class FP8:
         self.compute = _DTYPES[config.compute]
         self.master = torch.float32
         forward, backward = _FORMATS[config.format]
+        unit = max(torch.finfo(format).eps for format in (forward, backward)) / 2
+        self.rounding = (1 + unit) ** 2 - 1  # what was kept of an input is rounded again, in tiles across
         self._products = Products(
             input=Scaling(forward, config.granularity),
             weight=Scaling(forward, "tensor" if config.granularity == "tensor" else "block"),

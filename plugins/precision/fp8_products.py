@@ -94,9 +94,9 @@ class Products:
                 exact = grouped_matmul_forward(x.float(), weight.float(), counts)
             lost = (rounded.codes.float() == 0) & (x != 0)
             return {
-                "peak": float(x.abs().amax()) if x.numel() else 0.0,
-                "underflow": float(lost.float().mean()) if x.numel() else 0.0,
-                "error": float((product - exact).norm() / exact.norm().clamp_min(1e-30)),
+                "fp8_peak": float(x.abs().amax()) if x.numel() else 0.0,
+                "fp8_underflow": float(lost.float().mean()) if x.numel() else 0.0,
+                "fp8_error": float((product - exact).norm() / exact.norm().clamp_min(1e-30)),
             }
 
     def _product(self, a: Quantized, b: Quantized, counts: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every precision owes: linears within the rounding of their dtype, whose weight gradients can wait."""
+"""What every precision owes: linears within the rounding it names, whose weight gradients can wait."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -70,7 +70,7 @@ class PrecisionContract(Contract):
     def a_linear_is_a_product_within_its_rounding(
         self, config: Any, d_in: int, d_out: int, rows: int, input: Input, scale: float, seed: int
     ) -> None:
-        """Whatever its input, a linear and its two gradients are the products, within the rounding of the dtype."""
+        """Whatever its input, a linear and its gradients are the products, within `rounding` and that of the dtype."""
         made = self.made(config)
         linear = made.ctx.linear(d_in, d_out, input=input)
         weight, x = linear.get_parameter("weight"), made.rows((2, rows, d_in), seed, scale)
@@ -80,9 +80,9 @@ class PrecisionContract(Contract):
         y.backward(grad)
         assert x.grad is not None and weight.grad is not None, "a gradient is missing"
         flat_x, flat_grad = x.detach().flatten(0, 1), grad.flatten(0, 1)
-        _product(y.flatten(0, 1), flat_x, weight.t(), made.precision.compute, "the output")
-        _product(x.grad.flatten(0, 1), flat_grad, weight, made.precision.compute, "the gradient of the input")
-        _product(weight.grad, flat_grad.t(), flat_x, made.precision.compute, "the gradient of the weight")
+        _product(y.flatten(0, 1), flat_x, weight.t(), made.precision, "the output")
+        _product(x.grad.flatten(0, 1), flat_grad, weight, made.precision, "the gradient of the input")
+        _product(weight.grad, flat_grad.t(), flat_x, made.precision, "the gradient of the weight")
 
     @law(
         counts=_COUNTS,
@@ -113,11 +113,11 @@ class PrecisionContract(Contract):
         y.backward(grad)
         assert x.grad is not None and weight.grad is not None, "a gradient is missing"
         for expert, (start, stop) in enumerate(pairwise(ends)):
-            own, dtype, matrix = slice(start, stop), made.precision.compute, weight[expert]
+            own, precision, matrix = slice(start, stop), made.precision, weight[expert]
             inside, upstream = x.detach()[own], grad[own]
-            _product(y[own], inside, matrix.t(), dtype, f"the output of expert {expert}")
-            _product(x.grad[own], upstream, matrix, dtype, f"the gradient of the rows of expert {expert}")
-            _product(weight.grad[expert], upstream.t(), inside, dtype, f"the gradient of expert {expert}")
+            _product(y[own], inside, matrix.t(), precision, f"the output of expert {expert}")
+            _product(x.grad[own], upstream, matrix, precision, f"the gradient of the rows of expert {expert}")
+            _product(weight.grad[expert], upstream.t(), inside, precision, f"the gradient of expert {expert}")
 
     @law(rows=_SIZES, row=st.integers(0, 8), seed=seeds(), kills=[mutants.divides_by_the_largest])
     def rows_of_zeros_stay_zeros(self, config: Any, rows: int, row: int, seed: int) -> None:
@@ -214,12 +214,21 @@ class PrecisionContract(Contract):
         return nn.ModuleDict({"linear": made.ctx.linear(4, 4), "grouped": made.ctx.grouped_linear(n, 4, 3)})
 
 
-def _product(actual: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, what: str) -> None:
+def _product(actual: Tensor, left: Tensor, right: Tensor, precision: Precision, what: str) -> None:
     """Assert that `actual` is left [A, I] @ right [I, B], each element within what rounding its terms may leave."""
     left, right = left.detach().double(), right.detach().double()
     error = (actual.detach().double() - left @ right).abs()
-    bound = tolerance(dtype, max(1, left.shape[1])) * (left.abs() @ right.abs())
-    assert bool((error <= bound).all()), f"{what} is off by {float(error.max()):.3g}, more than {dtype} rounds"
+    sizes, off = (left.abs(), right.abs()), (_off(left, precision.rounding), _off(right, precision.rounding))
+    of_operands = off[0] @ sizes[1] + sizes[0] @ off[1] + off[0] @ off[1]
+    of_sums = tolerance(precision.compute, max(1, left.shape[1])) * ((sizes[0] + off[0]) @ (sizes[1] + off[1]))
+    assert bool((error <= of_operands + of_sums).all()), f"{what} is off by {float(error.max()):.3g}, more than allowed"
+
+
+def _off(operand: Tensor, rounding: float) -> Tensor:
+    """Return by how much each element may be off before it is multiplied."""
+    if not rounding or not operand.numel():
+        return torch.zeros_like(operand)
+    return rounding * operand.abs().clamp_min(2**-9 * float(operand.abs().max()))
 
 
 def _through(pair: nn.ModuleDict, x: Tensor, counts: list[int], recompute: Recompute) -> Tensor:

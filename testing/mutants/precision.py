@@ -23,6 +23,7 @@ class _Changed:
         made: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         self.precision, self.compute, self.master = precision, precision.compute, precision.master
+        self.rounding = precision.rounding
         self._around, self._made = around, made
 
     def linear(self, ctx: Context, d_in: int, d_out: int, *, input: Input = "plain") -> nn.Module:

@@ -1,5 +1,6 @@
 """The precisions keep the laws of their slot."""
 
+from tangram.plugins.precision.fp8 import FP8Config
 from tangram.plugins.precision.full import FullConfig
 from tangram.testing import PrecisionContract
 
@@ -14,3 +15,11 @@ class TestBfloat16(PrecisionContract):
 
 class TestFloat64(PrecisionContract):
     config = FullConfig(compute="float64")
+
+
+class TestFP8(PrecisionContract):
+    config = FP8Config()
+
+
+class TestAnyFP8(PrecisionContract):
+    config = FP8Config
