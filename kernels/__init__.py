@@ -1,5 +1,6 @@
 """The operations, each a plain function of tensors: one file per op, its mathematics first."""
 
+from tangram.kernels.adamw import adamw_step
 from tangram.kernels.backend import paths, use
 from tangram.kernels.causal_attention import causal_attention, masked_attention
 from tangram.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
@@ -30,6 +31,7 @@ __all__ = [
     "Scaling",
     "Yarn",
     "accumulator",
+    "adamw_step",
     "causal_attention",
     "dequantize",
     "fp8_grouped_matmul",

@@ -8,10 +8,9 @@ import torch
 from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from tangram.core.registry import component
-from tangram.plugins.training.adamw import check_betas
+from tangram.plugins.training.adamw import check_betas, step_adamw
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 that lift small singular values fastest and leave none far from 1."""
@@ -105,12 +104,19 @@ class Muon(torch.optim.Optimizer):
         """Step every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            stepped = [p for p in group["params"] if p.grad is not None]
             if group["orthogonalise"]:
-                for matrix in stepped:
-                    self._matrix(matrix, self.config.ratio * group["lr"], group["weight_decay"])
-            elif stepped:
-                self._adamw(stepped, group["lr"], group["weight_decay"])
+                for matrix in group["params"]:
+                    if matrix.grad is not None:
+                        self._matrix(matrix, self.config.ratio * group["lr"], group["weight_decay"])
+            else:
+                step_adamw(
+                    self.state,
+                    group["params"],
+                    lr=group["lr"],
+                    betas=self.config.betas,
+                    eps=self.config.eps,
+                    weight_decay=group["weight_decay"],
+                )
         return loss
 
     def _matrix(self, matrix: nn.Parameter, lr: float, decay: float) -> None:
@@ -122,26 +128,3 @@ class Muon(torch.optim.Optimizer):
         direction = grad.lerp(mean, momentum) if self.config.nesterov else mean
         scale = RMS * math.sqrt(max(matrix.shape))
         matrix.mul_(1 - lr * decay).add_(orthogonalised(direction, self.config.steps), alpha=-lr * scale)
-
-    def _adamw(self, parameters: list[nn.Parameter], lr: float, decay: float) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            list(parameters),
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=self.config.betas[0],
-            beta2=self.config.betas[1],
-            lr=lr,
-            weight_decay=decay,
-            eps=self.config.eps,
-            maximize=False,
-        )

@@ -62,6 +62,7 @@ def test_three_steps_are_those_of_the_paper_and_norms_do_not_decay(betas, decay,
         ({"betas": (-0.1, 0.9)}, r"betas must be in \[0, 1\), got \[-0.1, 0.9\]"),
         ({"eps": 0.0}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        ({"rounding": "stochastic"}, "rounding: stochastic is for moments: bfloat16"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(settings, message):
@@ -108,6 +109,23 @@ def _update_error(error, name, kept, state, t, unit):
 def test_only_a_second_decay_rate_that_bfloat16_does_not_follow_is_warned_of(recwarn):
     AdamWConfig(moments="bfloat16", betas=(0.9, 0.95)).build(drawn(0))
     AdamWConfig(moments="float32", betas=(0.9, 0.999)).build(drawn(0))
+    AdamWConfig(moments="bfloat16", rounding="stochastic", betas=(0.9, 0.999)).build(drawn(0))
     assert not recwarn
-    with pytest.warns(UserWarning, match=r"does not follow betas\[1\] = 0.999"):
+    with pytest.warns(UserWarning, match=r"does not follow betas\[1\] = 0.999: take rounding: stochastic, .* 0.98$"):
         AdamWConfig(moments="bfloat16", betas=(0.9, 0.999)).build(drawn(0))
+
+
+def test_moments_rounded_at_random_are_neighbours_of_the_number_that_differ_by_weight_and_step():
+    config = AdamWConfig(betas=(0.0, 0.95), moments="bfloat16", rounding="stochastic")
+    one, other = (nn.Parameter(torch.zeros(64, 64)) for _ in range(2))
+    optimizer, grad, kept = config.build([("one", one), ("other", other)]), normal(64, 64, seed=3).float(), []
+    for _ in range(2):
+        one.grad = other.grad = grad
+        set_lr(optimizer, 0.01)
+        optimizer.step()
+        kept += [optimizer.state[p]["exp_avg"].clone() for p in (one, other)]  # the gradient, rounded
+    for moment in kept:
+        off = (moment.float() - grad).abs() / grad.abs()
+        assert off.max() < 2**-7
+        assert (off > 2**-8).any()  # not to nearest
+    assert all(not torch.equal(a, b) for i, a in enumerate(kept) for b in kept[:i])

@@ -14,6 +14,10 @@ class TestAdamWWithCoarseMoments(OptimizerContract):
     config = AdamWConfig(moments="bfloat16")
 
 
+class TestAdamWRoundedAtRandom(OptimizerContract):
+    config = AdamWConfig(moments="bfloat16", rounding="stochastic")
+
+
 class TestAnyAdamW(OptimizerContract):
     config = AdamWConfig
 
