@@ -110,8 +110,22 @@ def _step(
 ) -> None:
     if first[0].dtype is parameters[0].dtype:  # one pass over memory, in torch
         before = [torch.full((), step - 1.0, device=parameter.device) for parameter in parameters]
-        settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
-        adamw(parameters, gradients, first, second, [], before, fused=True, amsgrad=False, maximize=False, **settings)
+        adamw(
+            parameters,
+            gradients,
+            first,
+            second,
+            [],
+            before,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=decay,
+        )
         return
     for weight, grad, m, v, seed in zip(parameters, gradients, first, second, seeds, strict=True):
         wide_m = m.to(weight.dtype).lerp_(grad, 1 - beta1)
