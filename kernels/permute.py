@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tangram.kernels.backend import takes_kernel
+from tangram.kernels.jit import tl, triton, wide_type
 from tangram.kernels.products import accumulator
+
+_TILE = 4096
+"""Numbers that one program of a kernel reads at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,8 @@ def order_by_expert(ids: Tensor, n_experts: int) -> Order:
 
 def permute(x: Tensor, order: Order) -> Tensor:
     """Return one row for each slot of `x` [N, D], in `order`, [N * K, D]."""
+    if takes_kernel(x):
+        return torch.ops.tangram.permute(x, order.index, order.inverse)
     return _Permute.apply(x, order.index, order.inverse)
 
 
@@ -69,7 +76,7 @@ def unpermute(rows: Tensor, gates: Tensor, order: Order) -> Tensor:
         order: What `order_by_expert` returned.
     """
     args = rows, gates, order.index, order.inverse, order.slots
-    return _Unpermute.apply(*args)
+    return torch.ops.tangram.unpermute(*args) if takes_kernel(rows) else _Unpermute.apply(*args)
 
 
 def _collect(rows: Tensor, inverse: Tensor, gates: Tensor | None = None) -> Tensor:
@@ -86,6 +93,28 @@ def _collect(rows: Tensor, inverse: Tensor, gates: Tensor | None = None) -> Tens
         else:
             total.addcmul_(part.to(wide), gates[:, k : k + 1].to(wide))
     return total.to(rows.dtype)
+
+
+def _unpermute_grads(
+    grad: Tensor,
+    rows: Tensor,
+    gates: Tensor,
+    index: Tensor,
+    inverse: Tensor,
+    slots: Tensor,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of rows and gates, each if it is needed."""
+    wide = accumulator(rows.dtype)
+    per_row = grad.index_select(0, index).to(wide)  # [M, D]
+    rows_grad = gates_grad = None
+    if needs[1]:
+        dots = (rows * per_row).sum(-1)  # [M]
+        gates_grad = dots.index_select(0, inverse.flatten()).view_as(gates).to(gates.dtype)
+    if needs[0]:
+        weights = gates.flatten().index_select(0, slots).to(wide)
+        rows_grad = per_row.mul_(weights.unsqueeze(1)).to(rows.dtype)
+    return rows_grad, gates_grad
 
 
 class _Permute(torch.autograd.Function):
@@ -111,13 +140,214 @@ class _Unpermute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         rows, gates, index, inverse, slots = ctx.saved_tensors
-        wide = accumulator(rows.dtype)
-        per_row = grad.index_select(0, index).to(wide)  # [M, D]
-        rows_grad = gates_grad = None
-        if ctx.needs_input_grad[1]:
-            dots = (rows * per_row).sum(-1)  # [M]
-            gates_grad = dots.index_select(0, inverse.flatten()).view_as(gates).to(gates.dtype)
-        if ctx.needs_input_grad[0]:
-            weights = gates.flatten().index_select(0, slots).to(wide)
-            rows_grad = per_row.mul_(weights.unsqueeze(1)).to(rows.dtype)
-        return rows_grad, gates_grad, None, None, None
+        needs = ctx.needs_input_grad[:2]
+        return *_unpermute_grads(grad, rows, gates, index, inverse, slots, needs), None, None, None
+
+
+@triton.jit
+def _gather(
+    x,
+    index,
+    y,
+    rows,
+    columns,
+    across,
+    stride_row,
+    stride_column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    inside = (row < rows) & (column < columns)
+    source = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)
+    values = tl.load(x + source * stride_row + column * stride_column, mask=inside)
+    tl.store(y + row * columns + column, values, mask=inside)
+
+
+@triton.jit
+def _gather_sum(
+    rows,
+    inverse,
+    gates,
+    y,
+    tokens,
+    columns,
+    across,
+    stride_row,
+    stride_column,
+    slots: tl.constexpr,
+    weighted: tl.constexpr,
+    wide: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    token = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    inside = (token < tokens) & (column < columns)
+    total = tl.zeros((ROWS, COLUMNS), wide)
+    for k in tl.static_range(slots):
+        source = tl.load(inverse + token * slots + k, mask=token < tokens, other=0).to(tl.int64)
+        values = tl.load(rows + source * stride_row + column * stride_column, mask=inside, other=0.0).to(wide)
+        if weighted:
+            values *= tl.load(gates + token * slots + k, mask=token < tokens, other=0.0).to(wide)
+        total += values
+    tl.store(y + token * columns + column, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weigh_and_dot(
+    grad,
+    rows,
+    gates,
+    index,
+    slots,
+    rows_grad,
+    gates_grad,
+    length,
+    columns,
+    grad_row,
+    grad_column,
+    stride_row,
+    stride_column,
+    wide: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # Every row has its own slot, so that no two programs write one gate's gradient.
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    token = tl.load(index + row, mask=row < length, other=0).to(tl.int64)
+    slot = tl.load(slots + row, mask=row < length, other=0).to(tl.int64)
+    gate = tl.load(gates + slot, mask=row < length, other=0.0).to(wide)
+    total = tl.zeros((ROWS, COLUMNS), wide)
+    for first in range(0, columns, COLUMNS):
+        column = (first + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+        inside = (row < length) & (column < columns)
+        arriving = tl.load(grad + token * grad_row + column * grad_column, mask=inside, other=0.0).to(wide)
+        total += tl.load(rows + row * stride_row + column * stride_column, mask=inside, other=0.0).to(wide) * arriving
+        tl.store(rows_grad + row * columns + column, (gate * arriving).to(rows_grad.dtype.element_ty), mask=inside)
+    dots = tl.sum(total, 1, keep_dims=True).to(gates_grad.dtype.element_ty)
+    tl.store(gates_grad + slot, dots, mask=row < length)
+
+
+def _tile(columns: int) -> tuple[int, int]:
+    """Return the rows and columns of a program's tile."""
+    width = min(triton.next_power_of_2(columns), 1024)
+    return _TILE // width, width
+
+
+def _launch_gather(x: Tensor, index: Tensor) -> Tensor:
+    y = x.new_empty(len(index), x.shape[1])
+    if y.numel():
+        tall, width = _tile(x.shape[1])
+        across = triton.cdiv(x.shape[1], width)
+        _gather[(triton.cdiv(len(index), tall) * across,)](
+            x, index.contiguous(), y, *y.shape, across, *x.stride(), ROWS=tall, COLUMNS=width
+        )
+    return y
+
+
+def _launch_sum(rows: Tensor, inverse: Tensor, gates: Tensor | None = None) -> Tensor:
+    tokens, slots = inverse.shape
+    y = rows.new_empty(tokens, rows.shape[1])
+    if y.numel():
+        tall, width = _tile(rows.shape[1])
+        across = triton.cdiv(rows.shape[1], width)
+        _gather_sum[(triton.cdiv(tokens, tall) * across,)](
+            rows,
+            inverse.contiguous(),
+            rows if gates is None else gates.contiguous(),
+            y,
+            *y.shape,
+            across,
+            *rows.stride(),
+            slots=slots,
+            weighted=gates is not None,
+            wide=wide_type(rows.dtype),
+            ROWS=tall,
+            COLUMNS=width,
+        )
+    return y
+
+
+def _launch_backward(grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    rows_grad = rows.new_empty(rows.shape)
+    if not rows.numel():
+        return rows_grad, gates.new_zeros(gates.shape)
+    gates_grad = gates.new_empty(gates.shape)
+    tall, width = _tile(rows.shape[1])
+    _weigh_and_dot[(triton.cdiv(len(rows), tall),)](
+        grad,
+        rows,
+        gates.contiguous(),
+        index.contiguous(),
+        slots.contiguous(),
+        rows_grad,
+        gates_grad,
+        *rows.shape,
+        *grad.stride(),
+        *rows.stride(),
+        wide=wide_type(rows.dtype),
+        ROWS=tall,
+        COLUMNS=width,
+    )
+    return rows_grad, gates_grad
+
+
+@torch.library.custom_op("tangram::permute", mutates_args=())
+def _permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return _launch_gather(x, index) if takes_kernel(x) else x.index_select(0, index)
+
+
+@_permute.register_fake
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(len(index), x.shape[1])
+
+
+@torch.library.custom_op("tangram::permute_backward", mutates_args=())
+def _permute_backward(grad: Tensor, inverse: Tensor) -> Tensor:
+    return (_launch_sum if takes_kernel(grad) else _collect)(grad, inverse)
+
+
+@_permute_backward.register_fake
+def _(grad: Tensor, inverse: Tensor) -> Tensor:
+    return grad.new_empty(len(inverse), grad.shape[1])
+
+
+@torch.library.custom_op("tangram::unpermute", mutates_args=())
+def _unpermute(rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor) -> Tensor:
+    return (_launch_sum if takes_kernel(rows) else _collect)(rows, inverse, gates)
+
+
+@_unpermute.register_fake
+def _(rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor) -> Tensor:
+    return rows.new_empty(len(inverse), rows.shape[1])
+
+
+@torch.library.custom_op("tangram::unpermute_backward", mutates_args=())
+def _unpermute_backward(
+    grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    if takes_kernel(rows):
+        return _launch_backward(grad, rows, gates, index, slots)
+    rows_grad, gates_grad = _unpermute_grads(grad, rows, gates, index, inverse, slots)
+    assert rows_grad is not None
+    assert gates_grad is not None
+    return rows_grad, gates_grad
+
+
+@_unpermute_backward.register_fake
+def _(
+    grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), gates.new_empty(gates.shape)
+
+
+_permute.register_autograd(
+    lambda ctx, grad: (torch.ops.tangram.permute_backward(grad, *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[2]),
+)
+_unpermute.register_autograd(
+    lambda ctx, grad: (*torch.ops.tangram.unpermute_backward(grad, *ctx.saved_tensors), None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)

@@ -162,7 +162,7 @@ def _launch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _launch_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    x_grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_grad = x.new_empty(x.shape)
     if not x.numel():
         return x_grad, torch.zeros_like(weight)
     flat, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
@@ -188,7 +188,7 @@ def _launch_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> 
 
 
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     return y, torch.empty(*x.shape[:-1], 1, dtype=accumulator(x.dtype), device=x.device)
 
 
@@ -217,7 +217,7 @@ def _rmsnorm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
 
 @_rmsnorm_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _keep(ctx, inputs, output):

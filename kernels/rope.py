@@ -183,7 +183,7 @@ def _turn(
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     if x.numel():
         sequences, positions, heads, width = x.shape
         rows, tables = sequences * positions * heads, (sequences, positions, width // 2)
@@ -214,7 +214,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 @_rotate.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty(x.shape)
 
 
 def _keep(ctx, inputs, output):

@@ -228,7 +228,7 @@ def _launch_quantized(gate_up: Tensor, power_of_two: bool) -> tuple[Tensor, Tens
 
 
 def _launch_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    gate_up_grad = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    gate_up_grad = gate_up.new_empty(gate_up.shape)
     if grad.numel():
         columns = grad.shape[-1]
         flat, flat_grad = gate_up.reshape(-1, 2 * columns), grad.reshape(-1, columns)
@@ -251,7 +251,7 @@ def _launch_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _half(gate_up: Tensor) -> Tensor:
-    return torch.empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 def _codes_and_scales(gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +277,7 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 @_swiglu_backward.register_fake
 def _(grad: Tensor, gate_up: Tensor) -> Tensor:
-    return torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    return gate_up.new_empty(gate_up.shape)
 
 
 @torch.library.custom_op("tangram::swiglu_quantized", mutates_args=())

@@ -1,12 +1,22 @@
-"""Sorting tokens by expert and bringing them back: nothing lost, nothing doubled, sums in float64 agree."""
+"""Sorting tokens by expert and bringing them back: nothing lost, nothing doubled, sums in float64 agree.
 
+And the kernels agree with their twins.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from twins import guarded, numbers, on_both, same_bits, strided
 
-from tangram.kernels import order_by_expert, permute, unpermute
+from tangram import kernels
+from tangram.kernels import Order, order_by_expert, permute, unpermute
+from tangram.testing import assert_close
 
 SHAPES = st.tuples(st.integers(0, 12), st.integers(1, 4), st.integers(4, 9), st.integers(1, 6))  # N, K, E, D
 SKEWS = st.sampled_from([0.0, 1.0, 50.0])
@@ -136,3 +146,80 @@ def test_no_direction_scatters_into_activations():
         unpermute(permute(x, order), gates, order).sum().backward()
     assert "index_select" in ops.names
     assert not {name for name in ops.names if "scatter" in name or name.startswith(("index_add", "index_put"))}
+
+
+def on_device(n: int, k: int) -> Order:
+    """An order of n tokens by 8 experts, with numbers of no row around its parts."""
+    order = order_by_expert(routing(0, n, k, 8, 1.0), 8)
+    return Order(*(guarded(each) for each in (order.index, order.inverse, order.counts, order.slots)))
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(70, 3, 100), (5, 8, 2050), (1, 1, 1), (0, 2, 4), (3, 2, 0), (3, 0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [guarded, strided])
+def test_the_kernels_agree_with_the_twins(n, k, d, dtype, held):
+    order = on_device(n, k)
+    wide = torch.promote_types(dtype, torch.float32)
+    x, y_grad = (held(numbers(n, d, seed=seed, dtype=dtype)) for seed in (1, 2))
+    rows, rows_grad = (held(numbers(n * k, d, seed=seed, dtype=dtype)) for seed in (3, 4))
+    gates = held(numbers(n, k, seed=5, dtype=wide))
+
+    def run() -> list[Tensor]:
+        leaves = [each.detach().requires_grad_() for each in (x, rows, gates)]
+        out, back = permute(leaves[0], order), unpermute(leaves[1], leaves[2], order)
+        grads = torch.autograd.grad(out, leaves[0], rows_grad) + torch.autograd.grad(back, leaves[1:], y_grad)
+        return [out.detach(), back.detach(), *grads]
+
+    twins, both = on_both(run)
+    assert same_bits(twins[0], both[0])
+    # A gate times a row is summed over the slots, and so is the gradient of x; a gate's gradient is summed over D.
+    for kernel, twin, terms in zip(both[1:], twins[1:], (k + 1, k, 1, d), strict=True):
+        assert (kernel.dtype, kernel.shape) == (twin.dtype, twin.shape)
+        assert_close(kernel, twin, length=1 if kernel.dtype is torch.bfloat16 else max(terms, 1))
+
+
+def test_the_kernel_sums_in_float32():
+    order = Order(*(guarded(each) for each in vars(order_by_expert(torch.arange(17)[None], 17)).values()))
+    rows = guarded(torch.full((17, 1), 0.5, dtype=torch.bfloat16))
+    rows[0] = 256
+    with kernels.use("triton"):
+        assert unpermute(rows, guarded(torch.ones(1, 17)), order).item() == 264
+
+
+def test_the_kernels_take_expanded_gradients_strided_tokens_and_gates_in_bfloat16():
+    order = on_device(6, 2)
+    x, gates = guarded(numbers(3, 6, seed=1)).t(), guarded(numbers(2, 6, seed=2, dtype=torch.bfloat16)).t()
+
+    def run() -> tuple[Tensor, ...]:
+        leaves = x.detach().requires_grad_(), gates.detach().requires_grad_()
+        return torch.autograd.grad(unpermute(permute(leaves[0], order), leaves[1], order).sum(), leaves)
+
+    for twin, kernel in zip(*on_both(run), strict=True):
+        assert_close(kernel, twin, length=3)
+
+
+def results(op: Callable[..., Any], args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    out = op(*args)
+    return (out,) if isinstance(out, Tensor) else out
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_torch_knows_the_operations(path):
+    order = order_by_expert(routing(0, 4, 2, 3, 1.0), 3)
+    x, grad = numbers(4, 5, seed=1, dtype=torch.bfloat16), numbers(4, 5, seed=2, dtype=torch.bfloat16)
+    rows, gates = numbers(8, 5, seed=3, dtype=torch.bfloat16), numbers(4, 2, seed=4)
+    places = order.index, order.inverse, order.slots
+    calls = {
+        "permute": (x, order.index, order.inverse),
+        "permute_backward": (rows, order.inverse),
+        "unpermute": (rows, gates, *places),
+        "unpermute_backward": (grad, rows, gates, *places),
+    }
+    with kernels.use(path):
+        for name, args in calls.items():
+            op = getattr(torch.ops.tangram, name)
+            for real, empty in zip(results(op, args), results(op, [each.to("meta") for each in args]), strict=True):
+                assert (real.dtype, real.shape, real.stride()) == (empty.dtype, empty.shape, empty.stride())
+            differentiable = not name.endswith("backward")
+            leaves = [each.clone().requires_grad_(differentiable and each.is_floating_point()) for each in args]
+            torch.library.opcheck(op, leaves)
