@@ -44,10 +44,10 @@ def adamw_step(
 ) -> None:
     """Step weights along their gradients in place, and their moments with them.
 
-    The kernel steps float32 weights; of any other dtype they are stepped in plain torch everywhere.
+    The kernel steps float32 weights; in float64 they are stepped in plain torch everywhere.
 
     Args:
-        parameters: Weights of one dtype on one device, of any shapes and strides.
+        parameters: Weights in float32 or float64, all on one device, of any shapes and strides.
         gradients: As many, in their shapes and dtype.
         first: First moments m in the dtype of the weights, or all in bfloat16.
         second: Second moments v in the dtype of the first.
@@ -60,7 +60,7 @@ def adamw_step(
             otherwise they are rounded to nearest.
 
     Raises:
-        ValueError: Lists or shapes differ, or moments are in a dtype that they cannot be kept in or rounded to.
+        ValueError: Lists or shapes differ, or weights or moments are in a dtype in which they cannot be kept.
     """
     if not parameters:
         return
@@ -68,6 +68,8 @@ def adamw_step(
         if len(set(shapes)) > 1:
             raise ValueError(f"a weight, its gradient and its moments have one shape, not {list(map(list, shapes))}")
     wide, kept = parameters[0].dtype, {moment.dtype for moment in (*first, *second)}
+    if wide not in (torch.float32, torch.float64):
+        raise ValueError(f"weights in {wide} lose what a step adds to them; step float32 masters")
     if len(kept) > 1 or not kept <= {wide, torch.bfloat16}:
         raise ValueError(f"moments of {wide} weights are all {wide} or all bfloat16, not {sorted(map(str, kept))}")
     if stochastic is not None and kept != {torch.bfloat16}:
@@ -109,7 +111,7 @@ def _step(
     step: int,
 ) -> None:
     if first[0].dtype is parameters[0].dtype:  # one pass over memory, in torch
-        before = [torch.full((), step - 1.0, device=parameter.device) for parameter in parameters]
+        before = [torch.full((), step - 1.0, dtype=torch.float32, device=parameter.device) for parameter in parameters]
         adamw(
             parameters,
             gradients,
@@ -175,7 +177,7 @@ def _adamw(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    weight = tl.load(parameter + at, mask=inside, other=0.0)
+    weight = tl.load(parameter + at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)

@@ -183,6 +183,8 @@ def test_no_weights_are_no_step_and_moments_that_cannot_be_are_refused():
         take([[w, grad, m.half(), v.half()]])
     with pytest.raises(ValueError, match="float32 or all bfloat16"):
         take([[w, grad, m.to(BF16), v]])
+    with pytest.raises(ValueError, match="step float32 masters"):
+        take([[t.to(BF16) for t in (w, grad, m, v)]])
     with pytest.raises(ValueError, match="stochastic rounding is for bfloat16"):
         take([[w, grad, m, v]], stochastic=generator())
     with pytest.raises(ValueError, match="shorter"):
