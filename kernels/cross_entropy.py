@@ -131,7 +131,7 @@ def _row(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK).to(tl.int64)
     logits += row * stride_row
-    target = tl.load(targets + row)
+    target = tl.load(targets + row).to(tl.int64)
     kept = target != ignore
     # Read before the reductions, behind which all threads wait: afterwards the gradient is written over it.
     chosen = tl.load(logits + target * stride_column, mask=kept, other=0.0).to(wide)
@@ -146,7 +146,7 @@ def _row(
     loss = largest - chosen + tl.log(total)
     tl.store(losses + row, tl.where(kept, loss, 0.0))
     if gradients:
-        factor = tl.where(kept, tl.load(scales), 0.0)
+        factor = tl.where(kept, tl.load(scales).to(wide), 0.0)
         for start in range(0, columns, BLOCK):
             inside = start + column < columns
             at = logits + (start + column) * stride_column
