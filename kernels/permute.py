@@ -157,12 +157,12 @@ def _gather(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = (tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-    inside = (row < rows) & (column < columns)
-    source = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)
+    inside = (row < rows)[:, None] & (column < columns)
+    source = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)[:, None]
     values = tl.load(x + source * stride_row + column * stride_column, mask=inside)
-    tl.store(y + row * columns + column, values, mask=inside)
+    tl.store(y + row[:, None] * columns + column, values, mask=inside)
 
 
 @triton.jit
@@ -182,17 +182,17 @@ def _gather_sum(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    token = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    token = (tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = (tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-    inside = (token < tokens) & (column < columns)
+    inside = (token < tokens)[:, None] & (column < columns)
     total = tl.zeros((ROWS, COLUMNS), wide)
     for k in tl.static_range(slots):
-        source = tl.load(inverse + token * slots + k, mask=token < tokens, other=0).to(tl.int64)
+        source = tl.load(inverse + token * slots + k, mask=token < tokens, other=0).to(tl.int64)[:, None]
         values = tl.load(rows + source * stride_row + column * stride_column, mask=inside, other=0.0).to(wide)
         if weighted:
-            values *= tl.load(gates + token * slots + k, mask=token < tokens, other=0.0).to(wide)
+            values *= tl.load(gates + token * slots + k, mask=token < tokens, other=0.0).to(wide)[:, None]
         total += values
-    tl.store(y + token * columns + column, total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + token[:, None] * columns + column, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -215,19 +215,21 @@ def _weigh_and_dot(
     COLUMNS: tl.constexpr,
 ):
     # Every row has its own slot, so that no two programs write one gate's gradient.
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     token = tl.load(index + row, mask=row < length, other=0).to(tl.int64)
     slot = tl.load(slots + row, mask=row < length, other=0).to(tl.int64)
     gate = tl.load(gates + slot, mask=row < length, other=0.0).to(wide)
     total = tl.zeros((ROWS, COLUMNS), wide)
     for first in range(0, columns, COLUMNS):
         column = (first + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-        inside = (row < length) & (column < columns)
-        arriving = tl.load(grad + token * grad_row + column * grad_column, mask=inside, other=0.0).to(wide)
-        total += tl.load(rows + row * stride_row + column * stride_column, mask=inside, other=0.0).to(wide) * arriving
-        tl.store(rows_grad + row * columns + column, (gate * arriving).to(rows_grad.dtype.element_ty), mask=inside)
-    dots = tl.sum(total, 1, keep_dims=True).to(gates_grad.dtype.element_ty)
-    tl.store(gates_grad + slot, dots, mask=row < length)
+        inside = (row < length)[:, None] & (column < columns)
+        at = grad + token[:, None] * grad_row + column * grad_column
+        arriving = tl.load(at, mask=inside, other=0.0).to(wide)
+        at = rows + row[:, None] * stride_row + column * stride_column
+        total += tl.load(at, mask=inside, other=0.0).to(wide) * arriving
+        result = (gate[:, None] * arriving).to(rows_grad.dtype.element_ty)
+        tl.store(rows_grad + row[:, None] * columns + column, result, mask=inside)
+    tl.store(gates_grad + slot, tl.sum(total, 1).to(gates_grad.dtype.element_ty), mask=row < length)
 
 
 def _tile(columns: int) -> tuple[int, int]:

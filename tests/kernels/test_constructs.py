@@ -55,9 +55,10 @@ def _is_let_be(value: ast.expr, kernel: ast.FunctionDef, parents: dict[ast.AST, 
     """Return whether a value is only cast, multiplied by `tl.dot` or stored, by itself or by the name it gets."""
     parent = parents[value]
     if isinstance(parent, ast.Attribute):
-        return parent.attr == "to"
+        return parent.attr in ("to", "dtype")
     if isinstance(parent, ast.Call):
-        return ast.unparse(parent.func) in TAKES_NARROW
+        function = ast.unparse(parent.func)
+        return function in TAKES_NARROW or (function == "tl.trans" and _is_let_be(parent, kernel, parents))
     if isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Name):
         name = parent.targets[0].id
         uses = [node for node in ast.walk(kernel) if isinstance(node, ast.Name) and node.id == name]
@@ -94,6 +95,7 @@ def test_the_kernels_are_found():
         "t = x.load([0, 0]) + 1.0",
         "t = tl.load(x).to(tl.bfloat16) + 1.0",
         "t = a.to(x.dtype.element_ty)\n    u = tl.sum(t, 0)",
+        "t = tl.load(x)\n    u = tl.sum(tl.trans(t), 0)",
         "return tl.load(x)",
     ],
 )
@@ -111,6 +113,7 @@ def test_each_construct_is_caught(line):
         "at = tl.load(x).to(tl.int64)\n    t = tl.load(y + at).to(wide)",
         "tl.store(y, tl.load(x))",
         "t = tl.load(x)\n    u = tl.load(y)\n    v = tl.dot(t, u) * 2.0",
+        "t = tl.load(x)\n    u = tl.dot(a.to(t.dtype), tl.trans(t)) * 2.0",
         "t = tl.load(x)\n    u = t.to(tl.float32) * 2.0",
         "t = (a * b).to(y.dtype.element_ty)\n    tl.store(y, t)",
         "t = a.to(x.dtype.element_ty).to(tl.float32) + 1.0",
