@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tangram.kernels import (
     grouped_matmul_forward,
@@ -14,6 +15,8 @@ from tangram.kernels import (
     linear_cross_entropy,
     product,
 )
+
+_T = TypeVar("_T")
 
 
 class WeightGrads:
@@ -166,14 +169,16 @@ class _Use(NamedTuple):
 
 
 class Recompute:
-    """Selective recomputation by recipes.
+    """What is computed again in backward instead of being kept; gradients are bitwise those of plain autograd.
 
     Inside a scope, `y = recompute(fn, *args)` runs fn and remembers how y was made; whenever any operation saves
-    y or a view of it for backward, the recipe is saved instead, and fn runs again when backward asks. Gradients
-    are bitwise those of plain autograd. Outside a scope, or when off, fn just runs.
+    y or a view of it for backward, this recipe is saved instead, and fn runs again when backward asks. What
+    operations inside fn save for themselves is kept: a fn that is worth a recipe saves its arguments only. fn must
+    not return one of them, and y must not be written in place.
 
-    fn must be a pure function of args and must not return one of them; y must not be written in place. What
-    operations inside fn save for themselves is kept: a fn that is worth recomputing saves its arguments only.
+    `recompute.whole(fn, *args)` is for a fn of many operations, of which the policy `full` keeps the arguments alone.
+
+    Either fn must be a pure function of its arguments. Outside a scope, or when the policy is off, it just runs.
     """
 
     def __init__(self, policy: str = "none") -> None:
@@ -190,6 +195,22 @@ class Recompute:
             recipe = _Recipe(fn, [self._use(arg) if isinstance(arg, Tensor) else arg for arg in args])
             self._recipes[y.untyped_storage().data_ptr()] = (y, recipe)
         return y
+
+    def whole(self, fn: Callable[..., _T], *args: object) -> _T:
+        """Return fn(*args); all that its backward needs may be computed again from the arguments, fn run as a whole."""
+        if self.policy != "full" or self._recipes is None or not torch.is_grad_enabled():
+            return fn(*args)
+
+        def alone(*args: object) -> _T:
+            # Backward runs fn outside any scope, where there are no recipes: so there are none now either.
+            recipes, self._recipes = self._recipes, None
+            try:
+                return fn(*args)
+            finally:
+                self._recipes = recipes
+
+        out: _T = checkpoint(alone, *args, use_reentrant=False, preserve_rng_state=False)
+        return out
 
     def remembers(self, tensor: Tensor) -> bool:
         """Return whether saving the tensor for backward would keep a recipe in its place."""

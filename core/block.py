@@ -30,10 +30,14 @@ class Block(nn.Module):
     def phases(self, positions: Tensor, segments: Tensor, cache: Cache | None = None) -> list[Phase]:
         """Return the block as `attend`, `dispatch`, `compute`, `combine`; positions and segments are int64 [B, S]."""
 
+        def attended(hidden: Tensor) -> Tensor:
+            normed = self.recompute(self.attention_norm, hidden)
+            return hidden + self.attention(normed, positions, segments, cache)
+
         def attend(carry: Carry) -> Carry:
             hidden = _given(carry.hidden)
-            normed = self.recompute(self.attention_norm, hidden)
-            hidden = hidden + self.attention(normed, positions, segments, cache)
+            # A cache is written, once; and the router's choice is kept, for what went to the experts has gone.
+            hidden = self.recompute.whole(attended, hidden) if cache is None else attended(hidden)
             dispatched = self.feedforward.route(self.recompute(self.feedforward_norm, hidden))
             return evolve(carry, hidden=hidden, dispatched=dispatched)
 
@@ -41,7 +45,8 @@ class Block(nn.Module):
             return evolve(carry, dispatched=self.feedforward.dispatch(_given(carry.dispatched)))
 
         def compute(carry: Carry) -> Carry:
-            return evolve(carry, dispatched=self.feedforward.compute(_given(carry.dispatched)))
+            dispatched = self.recompute.whole(self.feedforward.compute, _given(carry.dispatched))
+            return evolve(carry, dispatched=dispatched)
 
         def combine(carry: Carry) -> Carry:
             out, stats = self.feedforward.combine(_given(carry.dispatched))

@@ -19,6 +19,9 @@ from tangram.core.contracts import (
 )
 from tangram.core.curve import Curve
 
+RECOMPUTE = ("none", "selective", "full")
+"""How much backward may compute again; the figures of each are in docs/performance.md."""
+
 
 @frozen(kw_only=True)
 class BlockConfig:
@@ -62,8 +65,8 @@ class ModelConfig:
         vocab_size: Rows of the embedding and of the head.
         init_std: Standard deviation of the normal initial weights.
         norm_eps: Added to the mean square in every RMSNorm.
-        recompute: `selective` recomputes norms, MLA up-projections and SwiGLU products in backward instead of
-            keeping them; `none` keeps everything.
+        recompute: What backward computes again instead of keeping it: `none`; `selective`, norms, MLA up-projections
+            and SwiGLU products; `full`, all of attention and of the feed-forward's products.
         block: What every block starts from.
         blocks: Groups of blocks in order.
     """
@@ -72,7 +75,7 @@ class ModelConfig:
     vocab_size: int = field(validator=gt(0))
     init_std: float = field(default=0.006, validator=gt(0.0))
     norm_eps: float = field(default=1e-6, validator=gt(0.0))
-    recompute: str = field(default="none", validator=in_(("none", "selective")))
+    recompute: str = field(default="none", validator=in_(RECOMPUTE))
     block: BlockConfig
     blocks: tuple[BlockGroup, ...] = field(validator=min_len(1))
 

@@ -7,6 +7,7 @@ from torch.nn.functional import one_hot
 
 from tangram.core.autograd import Recompute
 from tangram.core.context import Context
+from tangram.core.experiment import RECOMPUTE
 from tangram.core.layers import FullPrecision
 from tangram.core.records import RouterStats, Routing
 from tangram.testing.strategies import Size, _size, seeds
@@ -17,7 +18,7 @@ _COLUMNS = st.integers(1, 6)
 
 @st.composite
 def contexts(draw: st.DrawFn, dim: Size, *, dtype: torch.dtype = torch.float64) -> Context:
-    """Draw the surroundings of a component: any layer of a small model, weights of any size, with or without recipes.
+    """Draw the surroundings of a component: any layer of a small model, weights of any size, anything recomputed.
 
     Args:
         draw: Given by Hypothesis.
@@ -31,7 +32,7 @@ def contexts(draw: st.DrawFn, dim: Size, *, dtype: torch.dtype = torch.float64) 
         n_layers=n_layers,
         init_std=draw(st.sampled_from((0.3, 0.006))),
         precision=FullPrecision(dtype),
-        recompute=Recompute(draw(st.sampled_from(("none", "selective")))),
+        recompute=Recompute(draw(st.sampled_from(RECOMPUTE))),
     )
 
 

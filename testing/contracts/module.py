@@ -1,7 +1,6 @@
 """What every component inside the model owes, whatever its slot."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from attrs import field, frozen
 from hypothesis import assume
 from torch import Tensor, nn
 
+from tangram.core.autograd import Recompute
 from tangram.core.context import Context
 from tangram.testing.laws import Contract, law
 from tangram.testing.mutants import module as mutants
@@ -114,12 +114,11 @@ class DifferentiableContract(ModuleContract):
         """Put drawn inputs through the module; the same for the same seed."""
         raise NotImplementedError
 
-    def gradients(
-        self, module: Any, seed: int, around: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> dict[str, Tensor | None]:
+    def gradients(self, module: Any, seed: int, recompute: Recompute | None = None) -> dict[str, Tensor | None]:
         """Return the outputs, and the gradients of one direction of theirs at inputs and parameters, by name."""
-        with around():
-            passed = self.passed(module, seed)
+        recompute = recompute or Recompute()
+        with recompute.scope():
+            passed = recompute.whole(self.passed, module, seed)
         wrt = {**passed.leaves, **dict(module.named_parameters())}
         grads = torch.autograd.grad(_along(passed, seed), list(wrt.values()), allow_unused=True)
         return {**passed.outputs, **{f"gradient of {name}": grad for name, grad in zip(wrt, grads, strict=True)}}
@@ -198,18 +197,20 @@ class DifferentiableContract(ModuleContract):
         outputs = self.passed(self.built(config, seed), seed).outputs
         assert outputs["out"].dtype is self.dtype, f"{outputs['out'].dtype} for {self.dtype}"
 
-    @law(seed=seeds(), kills=[mutants.recomputes_otherwise])
+    @law(seed=seeds(), kills=[mutants.recomputes_otherwise, mutants.passes_otherwise_a_second_time])
     def recomputation_changes_nothing(self, config: object, seed: int) -> None:
-        """With selective recomputation outputs and gradients are the same, bit for bit."""
+        """Where parts of it, or all of it, run again in backward, outputs and gradients are the same, bit for bit."""
         plain = self.built(config, seed)
-        ctx = self.context(recompute="selective")
-        again = self.make(config, ctx)
-        again.load_state_dict(plain.state_dict())
-        expected, actual = self.gradients(plain, seed), self.gradients(again, seed, ctx.recompute.scope)
-        for name, value in expected.items():
-            other = actual[name]
-            same = value is other if value is None or other is None else torch.equal(value, other)
-            assert same, f"{name} differs"
+        expected = self.gradients(plain, seed)
+        for policy in ("selective", "full"):
+            ctx = self.context(recompute=policy)
+            again = self.make(config, ctx)
+            again.load_state_dict(plain.state_dict())
+            actual = self.gradients(again, seed, ctx.recompute)
+            for name, value in expected.items():
+                other = actual[name]
+                same = value is other if value is None or other is None else torch.equal(value, other)
+                assert same, f"{name} differs under {policy}"
 
 
 def _along(passed: Passed, seed: int) -> Tensor:

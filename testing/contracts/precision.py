@@ -151,13 +151,14 @@ class PrecisionContract(Contract):
                 assert parameter.grad is not None and parameter.grad.dtype is made.precision.master, f"{name}: gradient"
 
     @law(
+        policy=st.sampled_from(("selective", "full")),
         counts=_COUNTS,
         seed=seeds(),
         kills=[mutants.loses_deferred_gradients, mutants.doubles_deferred_gradients, mutants.does_not_wait],
     )
-    def deferred_and_recomputed_is_plain(self, config: Any, counts: list[int], seed: int) -> None:
-        """Two backwards whose weight gradients wait and whose inputs are computed again give the plain gradients."""
-        plain, later = self.made(config), self.made(config, "selective")
+    def deferred_and_recomputed_is_plain(self, config: Any, policy: str, counts: list[int], seed: int) -> None:
+        """Two backwards whose weight gradients wait, their inputs or all computed again, give the plain gradients."""
+        plain, later = self.made(config), self.made(config, policy)
         one, other = self._pair(plain, len(counts)), self._pair(later, len(counts))
         other.load_state_dict(one.state_dict())
         for pass_ in range(2):
@@ -165,8 +166,9 @@ class PrecisionContract(Contract):
             again = x.detach().clone().requires_grad_()
             _through(one, x, counts, Recompute()).backward()
             before = _gradients(other)
-            with later.ctx.recompute.scope():
-                loss = _through(other, again, counts, later.ctx.recompute)
+            recompute = later.ctx.recompute
+            with recompute.scope():
+                loss = recompute.whole(_through, other, again, counts, recompute)
             with later.ctx.parallel.weight_grads.deferred() as pending:
                 loss.backward()
             assert _equal(before, _gradients(other)), "a weight gradient did not wait"

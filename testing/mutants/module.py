@@ -90,6 +90,17 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     return module
 
 
+def passes_otherwise_a_second_time(module: nn.Module) -> nn.Module:
+    """Run again, it makes something else of the same input."""
+    forward, runs = module.forward, list[None]()
+
+    def run(x: Tensor, *others: Any, **kwargs: Any) -> Any:
+        runs.append(None)
+        return forward(x * (1.0 if len(runs) == 1 else 1.5), *others, **kwargs)
+
+    return with_forward(module, run)
+
+
 def widens_its_output(module: nn.Module) -> nn.Module:
     """Its output has another dtype than its input."""
     forward = module.forward

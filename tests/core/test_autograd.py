@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tangram.core.autograd import Recompute, WeightGrads, grouped_linear, head_loss, linear
+from tangram.core.experiment import RECOMPUTE
 from tangram.testing import assert_close, seeds
 
 
@@ -88,15 +89,16 @@ def _network(recompute: Recompute, x: Tensor, weights: list[Tensor]) -> Tensor:
 @given(seeds(), st.integers(1, 6), st.integers(1, 5))
 def test_recomputed_gradients_are_bitwise_the_plain_ones(seed: int, n: int, d: int) -> None:
     gradients = []
-    for policy in ("none", "selective"):
+    for policy in RECOMPUTE:
         leaves = [_random(seed, n, d), _random(seed + 1, d, 2 * d), _random(seed + 2, d, d)]
         leaves = [leaf.requires_grad_() for leaf in leaves]
         recompute = Recompute(policy)
         with recompute.scope():
-            loss = _network(recompute, leaves[0], leaves[1:])
+            loss = recompute.whole(_network, recompute, leaves[0], leaves[1:])
         loss.backward()
         gradients.append([leaf.grad for leaf in leaves])
-    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+    for other in gradients[1:]:
+        assert all(torch.equal(plain, again) for plain, again in zip(gradients[0], other, strict=True))
 
 
 def test_what_is_recomputed_is_freed_and_made_once() -> None:
@@ -122,12 +124,42 @@ def test_what_is_recomputed_is_freed_and_made_once() -> None:
     assert len(made) == 2  # once more for all four uses
 
 
-def test_outside_a_scope_and_without_gradients_nothing_is_remembered() -> None:
-    recompute = Recompute("selective")
+@pytest.mark.parametrize(("policy", "runs"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_a_whole_is_run_again_under_full_alone_and_what_it_was_made_of_is_freed(policy: str, runs: int) -> None:
+    freed: list[weakref.ref[Tensor]] = []
+
+    def chain(t: Tensor) -> Tensor:
+        y = t.sin()
+        freed.append(weakref.ref(y.untyped_storage()))
+        return recompute.whole(torch.exp, y) * y  # one inside another is no more than its function
+
+    recompute = Recompute(policy)
+    x = _random(0, 4, 4).requires_grad_()
+    with recompute.scope():
+        loss = recompute.whole(chain, x).sum()
+    gc.collect()
+    assert (freed[0]() is None) == (policy == "full")
+    loss.backward()
+    assert len(freed) == runs
+    y = x.detach().sin()
+    assert x.grad is not None
+    assert_close(x.grad, y.exp() * (y + 1) * x.detach().cos(), length=4)
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_outside_a_scope_and_without_gradients_nothing_is_remembered(policy: str) -> None:
+    recompute, runs = Recompute(policy), []
     x = _random(0, 3).requires_grad_()
-    assert torch.equal(recompute(torch.exp, x), x.exp())
+
+    def exp(t: Tensor) -> Tensor:
+        runs.append(None)
+        return t.exp()
+
+    recompute(exp, x).sin().sum().backward()
+    recompute.whole(exp, x).sin().sum().backward()
     with torch.no_grad(), recompute.scope():
-        assert torch.equal(recompute(torch.exp, x), x.exp())
+        assert torch.equal(recompute.whole(recompute, exp, x), x.exp())
+    assert len(runs) == 3
     with recompute.scope():
         pass
     with recompute.scope(), pytest.raises(RuntimeError, match="a scope is one phase"), recompute.scope():

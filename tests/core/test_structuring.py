@@ -38,7 +38,7 @@ MISTAKES = {
     "model.dim=-3": "model.dim: must be > 0, got -3",
     "model.norm_eps='1'": "model.norm_eps: expected a number, got '1'",
     "model.norm_eps=false": "model.norm_eps: expected a number, got false",
-    "model.recompute=selectiv": "model.recompute: must be one of 'none', 'selective', got 'selectiv'",
+    "model.recompute=selectiv": "model.recompute: must be one of 'none', 'selective', 'full', got 'selectiv'",
     "model.blocks=[]": "model.blocks: must have a length >= 1, got 0",
     "model.blocks=3": "model.blocks: expected a list, got 3",
     "model.blocks=[3]": "model.blocks.0: expected a map, got 3",
