@@ -17,6 +17,7 @@ from tangram.kernels.grouped_matmul import (
     grouped_matmul_weight_grad,
 )
 from tangram.kernels.limited_product import limited_product
+from tangram.kernels.mla_decode import mla_decode
 from tangram.kernels.permute import Order, order_by_expert, permute, unpermute
 from tangram.kernels.products import accumulator, native_bfloat16, product, product_dtype
 from tangram.kernels.quantize import Quantized, Scaling, dequantize, quantize_blocks, quantize_tiles
@@ -47,6 +48,7 @@ __all__ = [
     "limited_product",
     "linear_cross_entropy",
     "masked_attention",
+    "mla_decode",
     "native_bfloat16",
     "order_by_expert",
     "pack_e5m6",
