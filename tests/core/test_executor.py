@@ -25,7 +25,9 @@ def _plain_gradients(*overrides: str) -> dict[str, torch.Tensor]:
     return {address: p.grad for address, p in run.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("overrides", [(), ("model.recompute=selective",), ("model.recompute=full",), ("objectives.mtp.depth=2",)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("model.recompute=selective",), ("model.recompute=full",), ("objectives.mtp.depth=2",)]
+)
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_gradients_equal_one_plain_graph_however_the_batch_is_cut(micro: int, overrides: tuple[str, ...]) -> None:
     run = trainer(exact(f"train.micro_sequences={micro}", *overrides))
