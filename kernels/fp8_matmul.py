@@ -115,12 +115,12 @@ def sum_of_tiles(
         left = tl.load(a_at, mask=row_inside[:, None] & inside[None, :], other=0.0)
         right = tl.load(b_at, mask=inside[:, None] & column_inside[None, :], other=0.0)
         a_scale = tl.load(a_scale_at, mask=row_inside, other=0.0).to(tl.float32)
+        product = tl.dot(left, right)
         if square:
-            scale = (a_scale * tl.load(b_scale_at).to(tl.float32))[:, None]
+            total += product * (a_scale * tl.load(b_scale_at).to(tl.float32))[:, None]
         else:
             b_scale = tl.load(b_scale_at, mask=column_inside, other=0.0).to(tl.float32)
-            scale = a_scale[:, None] * b_scale[None, :]
-        total += tl.dot(left, right) * scale
+            total += product * a_scale[:, None] * b_scale[None, :]
         a_at += 128 * a_step
         b_at += 128 * b_step
         a_scale_at += a_scales_step
