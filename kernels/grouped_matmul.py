@@ -86,7 +86,7 @@ def columns_product(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
         right: Likewise, in the dtype of `left`.
         counts: Shares of the experts, summing to M, int64 [E].
     """
-    if _fuses(left.dtype, max(left.stride()), max(right.stride()), right.shape[1]):
+    if left.numel() and _fuses(left.dtype, max(left.stride()), max(right.stride()), right.shape[1]):
         return F.grouped_mm(left, right, offs=_offsets(counts))
     sizes = counts.tolist()
     pairs = zip(torch.split(left, sizes, 1), torch.split(right, sizes), strict=True)
@@ -108,7 +108,7 @@ def _rows_product(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     _check_rows(rows, matrices, counts)
     dtype = product_dtype(rows)
     left, right = rows.to(dtype).contiguous(), matrices.to(dtype)
-    if _fuses(dtype, left.stride(0), *right.shape[1:]):
+    if left.numel() and _fuses(dtype, left.stride(0), *right.shape[1:]):
         product = F.grouped_mm(left, right, offs=_offsets(counts))
     else:
         product = grouped_matmul_loop(left, right.transpose(1, 2), counts)

@@ -159,12 +159,15 @@ def refuses_mistakes(dtype):
         grouped_matmul_weight_grad(rows, rows[:7], torch.tensor([3, 5]))
 
 
-def test_one_row_of_a_wider_matrix_is_taken():
+def test_few_rows_of_a_wider_matrix_are_taken():
     wide, weight = drawn(0, 4, 13, dtype=torch.float32), drawn(1, 2, 8, 12, dtype=torch.float32)
     row, counts = wide[:1, :12], torch.tensor([0, 1])  # contiguous, with a stride that is no 16 bytes
     want = row @ weight[1].t()
     assert torch.allclose(grouped_matmul(row, weight, counts), want)
     assert grouped_matmul_weight_grad(want, row, counts)[1].any()
+    none = wide[:0, ::2][:, :4]  # contiguous too, with any strides
+    assert grouped_matmul(none, weight[..., :4], counts * 0).shape == (0, 8)
+    assert not grouped_matmul_weight_grad(none, none, counts * 0).any()
 
 
 def test_widening_only_touches_bfloat16(monkeypatch):
