@@ -102,7 +102,7 @@ def _attend(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     sequence = tl.program_id(2).to(tl.int64)
     column, turned = tl.arange(0, RANK), rank + tl.arange(0, ROPE)
-    length = tl.minimum(tl.load(lengths + sequence), positions).to(tl.int32)
+    length = tl.minimum(tl.load(lengths + sequence).to(tl.int64), positions).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, TILE), splits) * TILE
     stop = tl.minimum((split + 1) * share, length)
     queries = q + sequence * q_sequence + head[:, None] * q_head
@@ -137,16 +137,16 @@ def _attend(
 
 
 @triton.jit
-def _combine(means, logs, out, splits, rank, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+def _combine(means, logs, out, splits, rank, wide: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, SPLITS)
-    own = tl.load(logs + at * splits + split, mask=split < splits, other=float("-inf"))
+    own = tl.load(logs + at * splits + split, mask=split < splits, other=float("-inf")).to(wide)
     highest = tl.max(own, 0)
     sums = tl.exp(own - tl.where(highest == float("-inf"), 0.0, highest))
     total = tl.sum(sums, 0)
     inside = (split < splits)[:, None] & (column < rank)[None, :]
-    each = tl.load(means + (at * splits + split)[:, None] * rank + column[None, :], mask=inside, other=0.0)
+    each = tl.load(means + (at * splits + split)[:, None] * rank + column[None, :], mask=inside, other=0.0).to(wide)
     result = tl.sum(each * sums[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + at * rank + column, result.to(out.dtype.element_ty), mask=column < rank)
 
@@ -186,7 +186,14 @@ def _launch(q: Tensor, cache: Tensor, lengths: Tensor, scale: float, kv_rank: in
         num_stages=2,
     )
     _combine[(batch * heads, triton.cdiv(kv_rank, _COLUMNS))](
-        means, logs, out, splits, kv_rank, SPLITS=triton.next_power_of_2(splits), COLUMNS=_COLUMNS
+        means,
+        logs,
+        out,
+        splits,
+        kv_rank,
+        wide=wide_type(q.dtype),
+        SPLITS=triton.next_power_of_2(splits),
+        COLUMNS=_COLUMNS,
     )
     return out
 
