@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from tangram.core.cli_interchange import export, import_
 from tangram.core.cli_plugins import check_plugin, new_plugin
 from tangram.core.cli_runs import evaluate, report
+from tangram.core.cli_schedule import schedule
 from tangram.core.cli_studies import ablate
 from tangram.core.parameters import Files, Json, Overrides
 from tangram.core.process import settle
@@ -359,6 +360,7 @@ app.command(export)
 app.command(import_, name="import")
 app.command(ablate)
 app.command(check_plugin)
+app.command(schedule)
 
 
 def _plugins(files: Sequence[Path]) -> "Plugins":

@@ -8,7 +8,7 @@ Letters: B sequences, S positions, D model, H heads, E experts, K experts per to
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from attrs import evolve, frozen
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tangram.core.experiment import BlockConfig, TrainConfig
     from tangram.core.model import Model
     from tangram.core.plan import Plan
+    from tangram.core.simulator import Costs
 
 Input: TypeAlias = Literal["plain", "attention", "dispatched"]
 """What a linear is fed: the attention output, rows that were dispatched to experts, or anything else. A precision
@@ -352,11 +353,27 @@ class Precision(Protocol):
         ...
 
 
+class Promise(NamedTuple):
+    """What closed forms say of a plan.
+
+    Attributes:
+        bubble: The longest that a rank has nothing to do; None where no closed form holds.
+        peak: The most slots that are alive on a rank at once; None where none is promised.
+    """
+
+    bubble: float | None
+    peak: int | None
+
+
 class Pipeline(Protocol):
     """Orders the work of a step."""
 
     def schedule(self, ranks: int, microbatches: int) -> "Plan":
         """Return the plan; a pure function."""
+        ...
+
+    def promises(self, ranks: int, microbatches: int, costs: "Costs") -> Promise:
+        """Return what is known of the plan without running it."""
         ...
 
 

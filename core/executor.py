@@ -121,6 +121,9 @@ class _Step:
             case Op.WEIGHT_BACKWARD:
                 for add in self.live.pop(action.slot).pending:
                     add()
+            case Op.OVERLAP:
+                for part in action.parts:
+                    self.do(part)
 
     def _micro(self, slot: Slot) -> Batch:
         start = self.plan.index(slot) * self.micro_sequences

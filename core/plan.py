@@ -1,6 +1,6 @@
 """A pipeline schedule as data: who does what, in which order. Pure Python, no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from itertools import accumulate, pairwise
 
@@ -14,6 +14,7 @@ class Op(Enum):
     BACKWARD = "B"
     INPUT_BACKWARD = "I"
     WEIGHT_BACKWARD = "W"
+    OVERLAP = "FB"
 
 
 @frozen(order=True)
@@ -33,14 +34,35 @@ class Slot:
 
 @frozen
 class Action:
-    """One thing that a rank does."""
+    """One thing that a rank does.
+
+    Attributes:
+        op: What is done.
+        slot: With what; of an overlap, what goes forward.
+        other: Of an overlap, what goes backward meanwhile.
+    """
 
     op: Op
     slot: Slot
+    other: Slot | None = None
+
+    @property
+    def parts(self) -> tuple["Action", ...]:
+        """The forward and the backward of an overlap; any other action alone."""
+        if self.other is None:
+            return (self,)
+        return Action(Op.FORWARD, self.slot), Action(Op.BACKWARD, self.other)
 
     def __str__(self) -> str:
-        """Return for example `F>0`: the op, the flow (`>` or `<`) and the micro-batch."""
+        """Return for example `F>0`: the op, the flow (`>` or `<`) and the micro-batch; of an overlap `(F>7+B<3)`."""
+        if self.other is not None:
+            return "({}+{})".format(*self.parts)
         return f"{self.op.value}{'><'[self.slot.flow]}{self.slot.microbatch}"
+
+
+def overlap(forward: Slot, backward: Slot) -> Action:
+    """Return the action of one slot going forward beside another one going backward."""
+    return Action(Op.OVERLAP, forward, backward)
 
 
 @frozen
@@ -69,6 +91,22 @@ class Plan:
         """Whether anything runs backward."""
         return any(action.op is not Op.FORWARD for rank in self.actions for action in rank)
 
+    def parts(self, rank: int) -> list[Action]:
+        """Return what a rank does in order, overlaps as their two parts."""
+        return [part for action in self.actions[rank] for part in action.parts]
+
+    def text(self, rank: int) -> list[str]:
+        """Return what a rank does in words such as `F>0`; with `@stage` where it has more than one stage of a flow."""
+        held = [flow for (flow, _), place in self.place.items() if place == rank]
+        several = len(held) > len(set(held))
+
+        def said(action: Action) -> str:
+            if action.other is not None:
+                return "({}+{})".format(*map(said, action.parts))
+            return f"{action}@{action.slot.stage}" if several else str(action)
+
+        return [said(action) for action in self.actions[rank]]
+
     def index(self, slot: Slot) -> int:
         """Return the number of the slot's micro-batch in the whole batch: flow 0 takes the first ones."""
         return sum(self.microbatches[: slot.flow]) + slot.microbatch
@@ -91,8 +129,8 @@ def validate(plan: Plan) -> None:
         for microbatch in range(count)
     }
     done: dict[tuple[Slot, Op], int] = {}
-    for rank, actions in enumerate(plan.actions):
-        for position, action in enumerate(actions):
+    for rank in range(plan.ranks):
+        for position, action in enumerate(plan.parts(rank)):
             slot = action.slot
             if slot not in expected:
                 raise PlanError(f"rank {rank}: {action} works a slot that does not exist: {slot}")
@@ -109,6 +147,18 @@ def validate(plan: Plan) -> None:
         for first, then in pairwise(ops):
             if done[slot, first] > done[slot, then]:
                 raise PlanError(f"{slot}: {then.value} stands before {first.value}")
+
+
+def one_stage_a_rank(ranks: int, microbatches: int, order: Callable[[int], Sequence[Action]]) -> Plan:
+    """Return the plan of one flow in which rank r holds stage r and does `order(r)`.
+
+    Raises:
+        ValueError: There is no rank or no micro-batch.
+    """
+    if ranks < 1 or microbatches < 1:
+        raise ValueError(f"a plan is of at least one rank and one micro-batch, not of {ranks} and {microbatches}")
+    place = {(0, stage): stage for stage in range(ranks)}
+    return Plan(ranks, (microbatches,), place, tuple(tuple(order(rank)) for rank in range(ranks)))
 
 
 def sequential(microbatches: int) -> Plan:

@@ -1,6 +1,7 @@
 """What every pipeline owes: a plan that works each slot once, can be run to its end, and changes no gradient."""
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,9 @@ from tangram.core.context import Context, Parallel
 from tangram.core.contracts import Pipeline
 from tangram.core.executor import Executor
 from tangram.core.layers import FullPrecision, Linear
-from tangram.core.plan import Action, Op, Plan, validate
+from tangram.core.plan import Action, Plan, validate
 from tangram.core.records import Batch, Carry, Loss, Phase, Progress
+from tangram.core.simulator import Costs, simulate
 from tangram.testing.laws import Contract, law
 from tangram.testing.mutants import pipeline as mutants
 from tangram.testing.samples import documents, filled
@@ -25,6 +27,15 @@ RANKS, MICROBATCHES = range(1, 5), range(1, 9)
 """What a pipeline is asked for; it may refuse some."""
 
 _WIDTH = 4
+_UNITS = st.sampled_from((0.5, 1.0, 1.5, 2.0))
+_COSTS = st.builds(
+    Costs,
+    forward=_UNITS,
+    input=_UNITS,
+    weight=_UNITS,
+    overlap=st.none() | st.sampled_from((2.0, 2.5)),
+    latency=st.sampled_from((0.0, 0.25)),
+)
 _PICK = st.integers(0, len(RANKS) * len(MICROBATCHES) - 1)
 
 
@@ -77,7 +88,7 @@ class PipelineContract(Contract):
     def all_micro_batches_are_in_the_plan(self, config: Any) -> None:
         """The flows of a plan together take as many micro-batches as were asked for, and each knows its rows."""
         for _, microbatches, plan in self.accepted(config):
-            slots = {action.slot for rank in plan.actions for action in rank}
+            slots = {action.slot for rank in range(plan.ranks) for action in plan.parts(rank)}
             taken = sorted(plan.index(slot) for slot in slots if slot.stage == 0)
             assert taken == list(range(microbatches)), f"asked for {microbatches}, the plan takes {taken}"
 
@@ -86,6 +97,20 @@ class PipelineContract(Contract):
         """Ranks that each keep to their order, and wait for what the stage before or after sends, come to the end."""
         found = self.accepted(config)
         _in_one_order(found[pick % len(found)][2])
+
+    @law(costs=_COSTS, kills=[mutants.promises_too_much, mutants.promises_too_little_memory])
+    def its_promises_are_kept(self, config: Any, costs: Costs) -> None:
+        """Simulated, no rank idles longer or keeps more alive than the closed forms say, and one does as much."""
+        pipeline = self.make(config)
+        for ranks, microbatches, plan in self.accepted(config):
+            promise, timeline = pipeline.promises(ranks, microbatches, costs), simulate(plan, costs)
+            asked = f"{ranks} ranks and {microbatches} micro-batches"
+            if promise.bubble is not None:
+                most = max(timeline.bubble)
+                assert isclose(most, promise.bubble, abs_tol=1e-9), f"{asked}: idle for {most}, not {promise.bubble}"
+            if promise.peak is not None:
+                most_alive = max(timeline.peak)
+                assert most_alive == promise.peak, f"{asked}: {most_alive} are alive at once, not {promise.peak}"
 
     @law(kills=[mutants.plans_otherwise_each_time])
     def a_plan_depends_on_nothing_but_its_arguments(self, config: Any) -> None:
@@ -133,39 +158,14 @@ class PipelineContract(Contract):
         assert_same_gradients(actual, {name: p.grad for name, p in program.named_parameters()}, length=length)
 
 
-def _needs(plan: Plan, action: Action) -> list[Action]:
-    """Return what must be over before an action can be done, besides what stands before it on its rank."""
-    slot = action.slot
-    if action.op is Op.FORWARD:
-        return [Action(Op.FORWARD, evolve(slot, stage=slot.stage - 1))] if slot.stage else []
-    if action.op is Op.WEIGHT_BACKWARD:
-        return [Action(Op.INPUT_BACKWARD, slot)]
-    needed = [Action(Op.FORWARD, slot)]
-    if slot.stage + 1 < plan.stages:
-        after = evolve(slot, stage=slot.stage + 1)
-        halves = any(Action(Op.INPUT_BACKWARD, after) in rank for rank in plan.actions)
-        needed.append(Action(Op.INPUT_BACKWARD if halves else Op.BACKWARD, after))
-    return needed
-
-
 def _in_one_order(plan: Plan) -> list[Action]:
     """Return the actions of all ranks in an order in which they can be done one after the other.
 
     Raises:
-        AssertionError: There is none: every rank waits.
+        PlanError: There is none: every rank waits.
     """
-    done: dict[Action, None] = {}
-    at = [0] * plan.ranks
-    while any(place < len(rank) for place, rank in zip(at, plan.actions, strict=True)):
-        stuck = True
-        for number, rank in enumerate(plan.actions):
-            while at[number] < len(rank) and all(need in done for need in _needs(plan, rank[at[number]])):
-                done[rank[at[number]]] = None
-                at[number] += 1
-                stuck = False
-        waiting = [str(rank[place]) for place, rank in zip(at, plan.actions, strict=True) if place < len(rank)]
-        assert not stuck, f"every rank waits: the next actions are {', '.join(waiting)}"
-    return list(done)
+    spans = [span for rank in simulate(plan, Costs(overlap=2.5)).spans for span in rank]
+    return [span.action for span in sorted(spans, key=lambda span: span.end)]
 
 
 class _Chain(nn.Module):

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 from attrs import evolve
 
-from tangram.core.contracts import Pipeline
+from tangram.core.contracts import Pipeline, Promise
 from tangram.core.plan import Action, Op, Plan
+from tangram.core.simulator import Costs
 
 
 class _Replanned:
@@ -16,6 +17,9 @@ class _Replanned:
 
     def schedule(self, ranks: int, microbatches: int) -> Plan:
         return self._change(self._pipeline.schedule(ranks, microbatches))
+
+    def promises(self, ranks: int, microbatches: int, costs: Costs) -> Promise:
+        return self._pipeline.promises(ranks, microbatches, costs)
 
 
 def _each_rank(pipeline: Pipeline, change: Callable[[list[Action]], Sequence[Action]]) -> _Replanned:
@@ -61,6 +65,9 @@ class _Fewer:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
 
+    def promises(self, ranks: int, microbatches: int, costs: Costs) -> Promise:
+        return self._pipeline.promises(ranks, microbatches, costs)
+
     def schedule(self, ranks: int, microbatches: int) -> Plan:
         return self._pipeline.schedule(ranks, max(1, microbatches - 1))
 
@@ -99,6 +106,9 @@ class _Silent:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
 
+    def promises(self, ranks: int, microbatches: int, costs: Costs) -> Promise:
+        return self._pipeline.promises(ranks, microbatches, costs)
+
     def schedule(self, ranks: int, microbatches: int) -> Plan:
         try:
             return self._pipeline.schedule(ranks, microbatches)
@@ -109,3 +119,26 @@ class _Silent:
 def refuses_without_a_word(pipeline: Pipeline) -> Pipeline:
     """What it does not plan it refuses, and does not say why."""
     return _Silent(pipeline)
+
+
+class _Promising:
+    """A pipeline that promises something else."""
+
+    def __init__(self, pipeline: Pipeline, change: Callable[[Promise], Promise]) -> None:
+        self._pipeline, self._change = pipeline, change
+
+    def schedule(self, ranks: int, microbatches: int) -> Plan:
+        return self._pipeline.schedule(ranks, microbatches)
+
+    def promises(self, ranks: int, microbatches: int, costs: Costs) -> Promise:
+        return self._change(self._pipeline.promises(ranks, microbatches, costs))
+
+
+def promises_too_much(pipeline: Pipeline) -> Pipeline:
+    """It says that its ranks idle for less than they do."""
+    return _Promising(pipeline, lambda promise: promise._replace(bubble=(promise.bubble or 0.0) - 1.0))
+
+
+def promises_too_little_memory(pipeline: Pipeline) -> Pipeline:
+    """It says that a rank keeps one slot less alive than it does."""
+    return _Promising(pipeline, lambda promise: promise._replace(peak=(promise.peak or 1) - 1))

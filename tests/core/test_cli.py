@@ -315,3 +315,41 @@ def test_help_and_usage_errors_import_no_torch() -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_schedule_is_simulated_drawn_and_written(shell: Shell, tmp_path: Path) -> None:
+    asked = ("schedule", "dualpipe", "--ranks", 4, "--microbatches", 8)
+    code, out, _ = shell(*asked, "--costs", "F=1,I=1,W=1,FB=3", "--json", "--svg", tmp_path / "chart.svg")
+    found = json.loads(out)
+    assert code == 0
+    assert set(found) == {"makespan", "bubble", "peak", "formula", "program"}
+    assert (found["makespan"], found["bubble"], found["peak"], found["formula"]) == (26.0, [2.0] * 4, [5] * 4, 2.0)
+    assert found["program"][0][:5] == ["F>0", "F>1", "F>2", "F<0", "I<0"]
+    assert (tmp_path / "chart.svg").read_text().startswith("<svg")
+    code, out, _ = shell(*asked)
+    assert code == 0
+    assert "longest bubble 2; the closed form says 2" in out
+    code, out, _ = shell(*asked, "--costs", "F=1,I=2", "--json")
+    assert json.loads(out)["formula"] is None
+    code, out, _ = shell("schedule", "interleaved", "rounds=3", "--ranks", 2, "--microbatches", 4, "--json")
+    assert code == 0
+    assert json.loads(out)["program"][0][:3] == ["F>0@0", "F>1@0", "F>0@2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["dualpip"], "there is no pipeline 'dualpip', did you mean 'dualpipe'?"),
+        (["dualpipe", "--microbatches", 7], "needs an even number of micro-batches, at least 8: not 7"),
+        (["gpipe", "--costs", "G=1"], "--costs knows F, I, W, FB, latency, not 'G'"),
+        (["gpipe", "--costs", "F=x"], "--costs: F is 'x'; it is a number"),
+        (["gpipe", "--costs", "F=-1"], "--costs:"),
+        (["interleaved", "ronds=3"], "ronds: unknown key, did you mean 'rounds'?"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_in_a_line(shell: Shell, arguments: list[object], answer: str) -> None:
+    given = arguments if "--microbatches" in arguments else [*arguments, "--microbatches", 8]
+    code, _, err = shell("schedule", *given, "--ranks", 4)
+    assert code == 2
+    assert answer in err
+    assert len(err.strip().splitlines()) == 1
