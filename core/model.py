@@ -13,17 +13,28 @@ from tangram.core.context import Context, Parallel, built
 from tangram.core.contracts import Cache, FeedForward, RoutingObjective, Shared, TokenObjective
 from tangram.core.experiment import Experiment
 from tangram.core.layers import OutputHead, TokenEmbedding, norm
+from tangram.core.plan import split
 from tangram.core.records import Batch, Carry, Loss, Phase, Progress
 
 
 class Model(nn.Module):
-    """A `Program` of one stage. Addresses of parameters are those of the whole model (`blocks.7.attention...`)."""
+    """A `Program` of stages of consecutive blocks, the first with the embedding and the last with the objectives.
 
-    n_stages = 1
+    Addresses of parameters are those of the whole model (`blocks.7.attention...`), whatever the stages.
 
-    def __init__(self, experiment: Experiment, parallel: Parallel) -> None:
+    Args:
+        experiment: The resolved preset.
+        parallel: Where the work runs.
+        n_stages: Slices of the layers; differences of one layer are on the first ones.
+
+    Raises:
+        ValueError: There are more stages than layers.
+    """
+
+    def __init__(self, experiment: Experiment, parallel: Parallel, n_stages: int = 1) -> None:
         super().__init__()
         config = experiment.model
+        self.n_stages, self._layers = n_stages, split(config.n_layers, n_stages)
         self.n_layers, self.recompute = config.n_layers, Recompute(config.recompute)
         ctx = Context(
             dim=config.dim,
@@ -88,15 +99,20 @@ class Model(nn.Module):
         return token | {name: objective.weight(now) for name, objective in self.routing_objectives.items()}
 
     def phases(self, stage: int, batch: Batch, now: Progress, caches: Sequence[Cache] | None = None) -> list[Phase]:
-        """Return the whole forward as phases; without targets it ends with the trunk, for decoding."""
-        phases = [Phase("embed", "compute", lambda carry: evolve(carry, hidden=self.embedding(batch.tokens)))]
+        """Return the forward of a stage as phases; without targets the last one ends with the trunk, for decoding."""
+        phases: list[Phase] = []
+        if stage == 0:
+            phases.append(Phase("embed", "compute", lambda carry: evolve(carry, hidden=self.embedding(batch.tokens))))
         for layer, block in self.trunk():
-            phases += block.phases(batch.positions, batch.segments, caches[layer] if caches else None)
-        phases.append(Phase("trunk", "compute", lambda carry: evolve(carry, trunk=carry.hidden)))
+            if layer in self._layers[stage]:
+                phases += block.phases(batch.positions, batch.segments, caches[layer] if caches else None)
+        last = stage == self.n_stages - 1
+        if last:
+            phases.append(Phase("trunk", "compute", lambda carry: evolve(carry, trunk=carry.hidden)))
         if batch.targets is not None:
             weights = self.weights(now)
             for name, objective in self.token_objectives():
-                if weights[name]:
+                if last and weights[name]:
                     phases += objective.phases(name, batch, self.shared)
             named = {name: loss for name, loss in self.routing_objectives.items() if weights[name]}
             if named:
@@ -111,10 +127,12 @@ class Model(nn.Module):
         return run
 
     def forward(self, batch: Batch, now: Progress, caches: Sequence[Cache] | None = None) -> Carry:
-        """Return the carry after all phases."""
+        """Return the carry after all phases of the last stage."""
         carry = Carry()
-        for phase in self.phases(0, batch, now, caches):
-            carry = phase.fn(carry)
+        for stage in range(self.n_stages):
+            carry = Carry(hidden=carry.hidden)
+            for phase in self.phases(stage, batch, now, caches):
+                carry = phase.fn(carry)
         return carry
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -167,14 +185,18 @@ def initialize(model: nn.Module, seed: int) -> None:
             reset()
 
 
-def build_model(experiment: Experiment, seed: int = 0, device: str = "cpu", parallel: Parallel | None = None) -> Model:
+def build_model(
+    experiment: Experiment, seed: int = 0, device: str = "cpu", parallel: Parallel | None = None, n_stages: int = 1
+) -> Model:
     """Build the model of an experiment with its initial weights; on device `meta` without any.
+
+    The weights do not depend on the number of stages.
 
     Raises:
         BuildError: A component refuses its surroundings; the message begins with its dotted path.
     """
     with torch.device("meta"):
-        model = Model(experiment, parallel or Parallel())
+        model = Model(experiment, parallel or Parallel(), n_stages)
     if device != "meta":
         model.to_empty(device=device)
         initialize(model, seed)
