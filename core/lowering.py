@@ -136,7 +136,7 @@ def _of_rank(plan: Plan, rank: int, sent: Mapping[tuple[int, int], Sequence[Mess
             done += [Receive(each) for each in channel[posted[message.source] : upto]]
             posted[message.source] = max(posted[message.source], upto)
         done.append(action)
-        done += [Send(message) for part in action.parts if (message := given(plan, rank, part)) is not None]
+        done += [Send(out) for part in action.parts if (out := given(plan, rank, part)) is not None]
     if plan.trains:
         held = {stage for (_, stage), place in plan.place.items() if place == rank}
         done += [Reduce(stage) for stage in sorted(held)]
@@ -163,9 +163,9 @@ def check(lowered: Lowered) -> None:
                 received[instruction.message.source, instruction.message.target].append(instruction.message)
                 here.add(instruction.message)
             elif isinstance(instruction, Action):
-                for message in needed(plan, rank, instruction):
-                    if message not in here:
-                        raise PlanError(f"rank {rank}: {instruction} needs the {message}, and did not ask for it")
+                unasked = [message for message in needed(plan, rank, instruction) if message not in here]
+                if unasked:
+                    raise PlanError(f"rank {rank}: {instruction} needs the {unasked[0]}, and did not ask for it")
     for source, target in sent.keys() | received.keys():
         pairs = zip(sent[source, target], received[source, target], strict=False)
         for out, back in pairs:
