@@ -6,9 +6,11 @@ from typing import Protocol
 
 import torch
 from attrs import define, evolve, field
-from torch import Tensor
+from torch import Tensor, distributed
 
 from tangram.core.autograd import WeightGrads
+from tangram.core.channels import Channels
+from tangram.core.lowering import Instruction, Lowered, Receive, Reduce, Send, check, lower, needed
 from tangram.core.plan import Action, Op, Plan, Slot, validate
 from tangram.core.records import Batch, Carry, Phase, Progress, Result
 
@@ -19,6 +21,16 @@ class Program(Protocol):
     @property
     def n_stages(self) -> int:
         """Slices of the layers."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Width of the hidden states that pass from stage to stage."""
+        ...
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Their dtype."""
         ...
 
     @property
@@ -45,7 +57,16 @@ class _Live:
 
 
 class Executor:
-    """One step of work, in the order of a plan."""
+    """One step of work, in the order of a plan.
+
+    Args:
+        program: What is run.
+        plans: The plan for a number of micro-batches.
+        micro_sequences: Sequences of a micro-batch.
+        weight_grads: Where weight gradients wait.
+        reduce: Sums the gradients over all who hold them.
+        rank: Which rank of the plan this process is; others run in the same default group of processes.
+    """
 
     def __init__(
         self,
@@ -54,19 +75,21 @@ class Executor:
         micro_sequences: int,
         weight_grads: WeightGrads,
         reduce: Callable[[], None],
+        rank: int = 0,
     ) -> None:
-        self.program, self.micro_sequences = program, micro_sequences
-        self._plans, self._checked = plans, dict[int, Plan]()
+        self.program, self.micro_sequences, self.rank = program, micro_sequences, rank
+        self._plans, self._checked = plans, dict[int, Lowered]()
         self._weight_grads, self._reduce = weight_grads, reduce
 
-    def plan(self, microbatches: int) -> Plan:
-        """Return the plan for so many micro-batches, checked once."""
+    def lowered(self, microbatches: int) -> Lowered:
+        """Return what every rank does for so many micro-batches, checked once."""
         if microbatches not in self._checked:
             plan = self._plans(microbatches)
             validate(plan)
             if plan.stages != self.program.n_stages:
                 raise ValueError(f"the plan has {plan.stages} stages and the program {self.program.n_stages}")
-            self._checked[microbatches] = plan
+            self._checked[microbatches] = lower(plan)
+            check(self._checked[microbatches])
         return self._checked[microbatches]
 
     def run(self, batch: Batch, now: Progress) -> Result:
@@ -75,14 +98,31 @@ class Executor:
         The last micro-batch of an evaluation may be smaller; a plan that trains wants equal ones.
         """
         count = -(-len(batch.tokens) // self.micro_sequences)
-        plan = self.plan(count)
+        lowered = self.lowered(count)
+        plan = lowered.plan
         with nullcontext() if plan.trains else torch.no_grad():
             step = _Step(self.program, plan, batch, now, self._weight_grads, self.micro_sequences)
-            for action in plan.actions[0]:
-                step.do(action)
+            shape = (self.micro_sequences, batch.tokens.shape[1], self.program.dim)
+            channels = Channels(shape, self.program.compute, batch.tokens.device, plan.stages)
+            for instruction in lowered.ranks[self.rank]:
+                self._follow(instruction, step, channels)
+            channels.close()
         if plan.trains:
             self._reduce()
         return step.result()
+
+    def _follow(self, instruction: Instruction, step: "_Step", channels: Channels) -> None:
+        match instruction:
+            case Send(message):
+                channels.send(message, step.waiting(message.backward).pop(message.slot))
+            case Receive(message):
+                channels.receive(message)
+            case Action():
+                for message in needed(step.plan, self.rank, instruction):
+                    step.waiting(message.backward)[message.slot] = channels.take(message)
+                step.do(instruction)
+            case Reduce():
+                pass  # the sharding sums all stages, in this order
 
 
 class _Step:
@@ -106,6 +146,10 @@ class _Step:
         self.losses: dict[str, list[Tensor]] = {}
         self.load = torch.zeros(program.load_shape, dtype=torch.int64, device=batch.tokens.device)
         self.peak = 0
+
+    def waiting(self, backward: bool) -> dict[Slot, Tensor]:
+        """Return what waits for the slots that need it: hidden states, or their gradients."""
+        return self.grads if backward else self.outputs
 
     def do(self, action: Action) -> None:
         match action.op:
@@ -170,10 +214,24 @@ class _Step:
             yield carry.hidden, self.grads.pop(slot)
 
     def result(self) -> Result:
-        names = sorted(self.losses)
-        sums = [torch.stack(self.losses[name]).double().sum() for name in names]
+        """Return the losses and loads of the step, of all ranks."""
+        names = sorted(self.weights)
+        nothing = [torch.zeros((), device=self.load.device)]
+        sums = [torch.stack(self.losses.get(name, nothing)).double().sum() for name in names]
+        load, counted = self.load, [torch.tensor(name in self.losses, device=self.load.device) for name in names]
+        if self.plan.ranks > 1:
+            # Counts are exact in float64 up to 2^53: one message for all.
+            sums, counted, load = _summed(sums, counted, load)
         # One read for the whole step: each one waits for the device.
-        values = torch.stack(sums).tolist() if sums else []
-        losses = dict(zip(names, values, strict=True))
+        values = torch.stack([*sums, *(each.double() for each in counted)]).tolist() if names else []
+        losses = {name: value for name, value, some in zip(names, values, values[len(names) :], strict=False) if some}
         total = sum(self.weights[name] * value for name, value in losses.items())
-        return Result(losses=losses, total=total, load=self.load, peak_live=self.peak)
+        return Result(losses=losses, total=total, load=load, peak_live=self.peak)
+
+
+def _summed(sums: list[Tensor], counted: list[Tensor], load: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Return losses, whether there were any, and loads, all summed over the ranks."""
+    n = len(sums)
+    whole = torch.cat([torch.stack([*sums, *(each.double() for each in counted)]), load.double().flatten()])
+    distributed.all_reduce(whole)
+    return list(whole[:n]), list(whole[n : 2 * n]), whole[2 * n :].to(torch.int64).view_as(load)

@@ -35,6 +35,7 @@ class Model(nn.Module):
         super().__init__()
         config = experiment.model
         self.n_stages, self._layers = n_stages, split(config.n_layers, n_stages)
+        self.dim = config.dim
         self.n_layers, self.recompute = config.n_layers, Recompute(config.recompute)
         ctx = Context(
             dim=config.dim,

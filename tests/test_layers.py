@@ -21,6 +21,7 @@ MAY_IMPORT = {
 ROOMS = {
     "triton": ("kernels/",),
     "torch.distributed": (
+        "core/channels.py",
         "core/context.py",
         "core/executor.py",
         "core/checkpoint.py",

@@ -171,7 +171,7 @@ def _in_one_order(plan: Plan) -> list[Action]:
 class _Chain(nn.Module):
     """A program of several stages, each a linear with a loss of its own."""
 
-    load_shape = (1, 1)
+    load_shape, dim, compute = (1, 1), _WIDTH, torch.float64
 
     def __init__(self, n_stages: int) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ def test_the_total_is_the_weighted_sum() -> None:
 class Chain(nn.Module):
     """A program of several stages with a loss on each, as routing objectives put one on inner stages."""
 
-    load_shape = (1, 1)
+    load_shape, dim, compute = (1, 1), 0, torch.float64
 
     def __init__(self, n_stages: int) -> None:
         super().__init__()
