@@ -190,10 +190,9 @@ class Recompute:
         if self._recipes is None or not torch.is_grad_enabled():
             return fn(*args)
         y = fn(*args)
-        # y is held until the scope ends, or another tensor could take the address of its storage.
-        if y.numel():
-            recipe = _Recipe(fn, [self._use(arg) if isinstance(arg, Tensor) else arg for arg in args])
-            self._recipes[y.untyped_storage().data_ptr()] = (y, recipe)
+        recipe = _Recipe(fn, [self._use(arg) if isinstance(arg, Tensor) else arg for arg in args])
+        # y is held until the scope ends, or another storage could take the place of its own.
+        self._recipes[_place(y)] = (y, recipe)
         return y
 
     def whole(self, fn: Callable[..., _T], *args: object) -> _T:
@@ -232,7 +231,7 @@ class Recompute:
             self._recipes = None
 
     def _use(self, tensor: Tensor) -> Tensor | _Use:
-        held = None if self._recipes is None else self._recipes.get(tensor.untyped_storage().data_ptr())
+        held = None if self._recipes is None else self._recipes.get(_place(tensor))
         if held is None or held[0].dtype != tensor.dtype:
             return tensor
         return _Use(held[1], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
@@ -246,3 +245,8 @@ class Recompute:
     @staticmethod
     def _unpack(packed: Tensor | _Use) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed.of(packed.recipe.take())
+
+
+def _place(tensor: Tensor) -> int:
+    """Return where a tensor's storage object lies: its data lies nowhere on the device meta."""
+    return int(tensor.untyped_storage()._cdata)

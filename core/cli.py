@@ -4,12 +4,13 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
+from tangram.core.asked import building, discover, look_up
+from tangram.core.cli_describe import describe
 from tangram.core.cli_interchange import export, import_
 from tangram.core.cli_plugins import check_plugin, new_plugin
 from tangram.core.cli_runs import evaluate, report
@@ -33,10 +34,6 @@ from tangram.core.terminal import (
     words,
 )
 
-if TYPE_CHECKING:
-    from tangram.core.plugins import Plugins
-    from tangram.core.presets import Resolved
-
 
 def _version() -> str:
     from importlib.metadata import version
@@ -55,8 +52,6 @@ app = App(
 
 app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
 
-_T = TypeVar("_T")
-
 
 @app.command(name="list")
 def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()) -> int:
@@ -71,7 +66,7 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
 
     if slot is not None and slot not in SLOTS:
         return refuse(f"there is no slot '{slot}'; the slots are {', '.join(SLOTS)}")
-    plugins = _plugins(plugin)
+    plugins = discover(plugin)
     entries = [entry for entry in plugins.registry if slot in (None, entry.mark.slot)]
     presets = available(plugins) if slot is None else {}
     if json_:
@@ -105,66 +100,6 @@ def list_(slot: str | None = None, /, *, json_: Json = False, plugin: Files = ()
 
 
 @app.command
-def describe(
-    what: str, use: str | None = None, /, *overrides: Overrides, json_: Json = False, plugin: Files = ()
-) -> int:
-    """Describe a component (SLOT USE), or what a preset costs (PRESET).
-
-    Args:
-        what: A slot, or a preset's name or file.
-        use: The component's name, if `what` is a slot.
-    """
-    from tangram.core.config import suggest
-    from tangram.core.contracts import SLOTS
-
-    if what in SLOTS:
-        return _describe_component(what, use, json_, plugin)
-    if use is not None and "=" not in use:
-        return refuse(f"there is no slot '{what}'{suggest(what, SLOTS)}")
-    slots = [entry.mark.slot for entry in _plugins(plugin).registry if entry.mark.use == what]
-    if slots:
-        return refuse(f"'{what}' is a component: tangram describe {slots[0]} {what}")
-    changes = overrides if use is None else (use, *overrides)
-    return _describe_preset(what, changes, json_, plugin)
-
-
-def _describe_component(slot: str, use: str | None, json_: bool, plugin: Sequence[Path]) -> int:
-    from tangram.core.config import suggest
-    from tangram.core.schema import fields, paper, summary
-
-    registry = _plugins(plugin).registry
-    known = registry.uses(slot)
-    if use is None:
-        return refuse(f"say which {slot}: {', '.join(known)}")
-    entry = registry.get(slot, use)
-    if entry is None:
-        return refuse(f"there is no {slot} '{use}'{suggest(use, known)}")
-    described = fields(entry.config)
-    if json_:
-        rows = [{"name": f.name, "type": f.type, "default": f.default, "doc": f.doc} for f in described]
-        what = {"slot": slot, "use": use, "summary": summary(entry.config), "paper": paper(entry.config)}
-        return as_json(what | {"origin": entry.origin, "fields": rows})
-    cited = paper(entry.config)
-    say(f"{slot} '{use}' ({entry.origin}): {summary(entry.config)}" + (f" [{cited}]" if cited else ""))
-    table(("field", "type", "default", "meaning"), [(f.name, f.type, f.default, f.doc) for f in described])
-    return OK
-
-
-def _describe_preset(preset: str, overrides: Sequence[str], json_: bool, plugin: Sequence[Path]) -> int:
-    from tangram.core.measure import measure
-
-    resolved = _resolve(preset, overrides, plugin)
-    measures = _building(resolved, lambda: measure(resolved.experiment)).as_dict()
-    if json_:
-        return as_json({"name": resolved.experiment.name} | measures)
-    parameters = measures.pop("parameters")
-    assert isinstance(parameters, dict)
-    rows = [(f"parameters.{name}", f"{count:,}") for name, count in parameters.items()]
-    table((resolved.experiment.name, ""), rows + [(name, f"{value:,}") for name, value in measures.items()])
-    return OK
-
-
-@app.command
 def show(preset: str, /, *overrides: Overrides, origin: bool = False, json_: Json = False, plugin: Files = ()) -> int:
     """Show a preset resolved, every default spelled out.
 
@@ -174,7 +109,7 @@ def show(preset: str, /, *overrides: Overrides, origin: bool = False, json_: Jso
     """
     from tangram.core.presets import dump, flatten, to_yaml
 
-    resolved = _resolve(preset, overrides, plugin)
+    resolved = look_up(preset, overrides, plugin)
     if origin:
         leaves = flatten(resolved.experiment)
         origins = {path: str(resolved.origins[path]) for path in leaves}
@@ -200,7 +135,7 @@ def diff(a: str, b: str, /, *, json_: Json = False, plugin: Files = ()) -> int:
     """
     from tangram.core.presets import difference
 
-    changes = difference(_resolve(a, (), plugin).experiment, _resolve(b, (), plugin).experiment)
+    changes = difference(look_up(a, (), plugin).experiment, look_up(b, (), plugin).experiment)
     if json_:
         return as_json({path: {"a": before, "b": after} for path, (before, after) in changes.items()})
     rows = [(path, json.dumps(before), json.dumps(after)) for path, (before, after) in changes.items()]
@@ -216,7 +151,7 @@ def copy(preset: str, file: Path, /, *, plugin: Files = ()) -> int:
         preset: Name or file.
         file: Where to; it must not be there yet.
     """
-    resolved = _resolve(preset, (), plugin)
+    resolved = look_up(preset, (), plugin)
     if file.exists():
         return refuse(f"{file} is there already; choose another name")
     if not file.parent.is_dir():
@@ -233,7 +168,7 @@ def schema(*, json_: Json = False, plugin: Files = ()) -> int:
     """Print the JSON schema of presets, with which editors complete and check them; --json prints it on one line."""
     from tangram.core.preset_schema import preset_schema
 
-    say(json.dumps(preset_schema(_plugins(plugin).registry), indent=None if json_ else 1))
+    say(json.dumps(preset_schema(discover(plugin).registry), indent=None if json_ else 1))
     return OK
 
 
@@ -247,9 +182,9 @@ def check(preset: str, /, *overrides: Overrides, json_: Json = False, plugin: Fi
     from tangram.core.assembly import rehearse
     from tangram.core.measure import measure
 
-    resolved = _resolve(preset, overrides, plugin)
-    measures = _building(resolved, lambda: measure(resolved.experiment))
-    steps = _building(resolved, lambda: rehearse(resolved.experiment))
+    resolved = look_up(preset, overrides, plugin)
+    measures = building(resolved, lambda: measure(resolved.experiment))
+    steps = building(resolved, lambda: rehearse(resolved.experiment))
     if json_:
         return as_json({"name": resolved.experiment.name, "ok": True, "steps": steps} | measures.as_dict())
     say(
@@ -270,9 +205,9 @@ def tokenize(preset: str, folder: Path, /, *overrides: Overrides, plugin: Files 
     from tangram.core.context import built
     from tangram.core.contracts import Writable
 
-    resolved = _resolve(preset, overrides, plugin)
+    resolved = look_up(preset, overrides, plugin)
     asked = resolved.experiment
-    data = _building(resolved, lambda: built("data", asked.data.build, asked.train, asked.model.vocab_size))
+    data = building(resolved, lambda: built("data", asked.data.build, asked.train, asked.model.vocab_size))
     if not isinstance(data, Writable):
         return refuse(f"the data of {asked.name} makes its tokens up; tokenize a preset whose data is text")
     try:
@@ -305,7 +240,7 @@ def train(
     from tangram.core.run import directory_of, resumable
     from tangram.core.run import train as run
 
-    resolved = _resolve(preset, overrides, plugin)
+    resolved = look_up(preset, overrides, plugin)
     experiment, origins = resolved.experiment, resolved.origins
     directory, files = directory_of(experiment, out), (*plugin, *map(Path, experiment.plugins))
     found = resumable(directory) if resume else None
@@ -315,7 +250,7 @@ def train(
     elif resume:
         say(f"{directory} has no checkpoint yet: starting from the first step")
     try:
-        outcome = _building(resolved, lambda: run(experiment, directory, resume=found or resume, origins=origins))
+        outcome = building(resolved, lambda: run(experiment, directory, resume=found or resume, origins=origins))
     except RunInterruptedError as error:
         print(error, file=sys.stderr)
         return STOPPED
@@ -346,13 +281,14 @@ def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
     """Say what is installed, which plugins load, and what this machine can do."""
     from tangram.core.doctor import examine
 
-    findings = examine(_plugins(plugin))
+    findings = examine(discover(plugin))
     if json_:
         return as_json(findings)
     table(("what", "found"), [(name, words(value)) for name, value in findings.items()])
     return OK
 
 
+app.command(describe)
 app.command(evaluate)
 app.command(report)
 app.command(new_plugin)
@@ -361,30 +297,6 @@ app.command(import_, name="import")
 app.command(ablate)
 app.command(check_plugin)
 app.command(schedule)
-
-
-def _plugins(files: Sequence[Path]) -> "Plugins":
-    from tangram.core.plugins import Plugins
-
-    return Plugins.discover(files)
-
-
-def _resolve(preset: str, overrides: Sequence[str], files: Sequence[Path]) -> "Resolved":
-    from tangram.core.presets import resolve
-
-    return resolve(preset, overrides, _plugins(files))
-
-
-def _building(resolved: "Resolved", build: Callable[[], _T]) -> _T:
-    """Call `build`; say where in the preset stands what a component found wrong."""
-    from tangram.core.config import ConfigError, Problem
-    from tangram.core.context import BuildError
-
-    try:
-        return build()
-    except BuildError as error:
-        origin = resolved.blame(error.path, error.message)
-        raise ConfigError([Problem(origin, error.path, error.message)]) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

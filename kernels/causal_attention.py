@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tangram.kernels.products import product_dtype
+from tangram.kernels.products import product_dtype, runs_on_cpu
 
 BLOCKED = 1024
 """Longest sequence that takes the product in blocks and keeps 2 MiB a head: see benchmarks/attention_cpu.py."""
@@ -32,7 +32,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Te
         scale: Multiplies the scores.
         segments: Document numbers, not decreasing along S, int64 [B, S].
     """
-    if bool((segments[:, 0] == segments[:, -1]).all()):
+    # A tensor without memory says nothing of documents, and counts as one.
+    if q.is_meta or bool((segments[:, 0] == segments[:, -1]).all()):
         return _whole(q, k, v, scale)
     rows = []
     for row, numbers in enumerate(segments):
@@ -59,14 +60,17 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if q.device.type == "cpu" and q.shape[1] <= BLOCKED:
+    if runs_on_cpu(q) and q.shape[1] <= BLOCKED:
         wide = product_dtype(q)
         blocked: Tensor = _Blocked.apply(q.to(wide), k.to(wide), v.to(wide), scale)
         return blocked.to(v.dtype)
     padded = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), padded.transpose(1, 2), is_causal=True, scale=scale
-    )
+    heads_first = q.transpose(1, 2), k.transpose(1, 2), padded.transpose(1, 2)
+    if q.is_meta:
+        # Without memory the library would take the one of its kernels that keeps all probabilities.
+        out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, is_causal=True, scale=scale)[0]
+    else:
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale)
     return out.transpose(1, 2)[..., : v.shape[-1]]
 
 

@@ -108,7 +108,9 @@ def _rows_product(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     _check_rows(rows, matrices, counts)
     dtype = product_dtype(rows)
     left, right = rows.to(dtype).contiguous(), matrices.to(dtype)
-    if left.numel() and _fuses(dtype, left.stride(0), *right.shape[1:]):
+    if rows.is_meta:  # without memory the counts say nothing: all rows are one expert's
+        product = left @ right[0]
+    elif left.numel() and _fuses(dtype, left.stride(0), *right.shape[1:]):
         product = F.grouped_mm(left, right, offs=_offsets(counts))
     else:
         product = grouped_matmul_loop(left, right.transpose(1, 2), counts)

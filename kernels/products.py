@@ -17,12 +17,20 @@ def native_bfloat16() -> bool:
     return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def runs_on_cpu(x: Tensor) -> bool:
+    """Return whether operations on `x` run on a CPU; without memory, it stands for a tensor where this machine has it.
+
+    That is a GPU if there is one.
+    """
+    return x.device.type == "cpu" or (x.is_meta and not torch.cuda.is_available())
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype to which the operands of a product of `x` are cast: its own, or float32 for bfloat16.
 
     The caller rounds the result back to `x.dtype`.
     """
-    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and not native_bfloat16():
+    if x.dtype is torch.bfloat16 and runs_on_cpu(x) and not native_bfloat16():
         return torch.float32
     return x.dtype
 

@@ -127,5 +127,7 @@ def _limited(a: Quantized, b: Quantized, counts: Tensor | None) -> Tensor:
     left, right = dequantize(*a, (1, _TILE)), dequantize(*b, (_TILE, _TILE))
     if counts is None:
         return limited_product(left, right)
+    if left.is_meta:  # without memory the counts say nothing: all rows are one expert's
+        return limited_product(left, right[0])
     parts = zip(left.split(counts.tolist()), right, strict=True)
     return torch.cat([limited_product(rows, matrix) for rows, matrix in parts])

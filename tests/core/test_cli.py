@@ -92,11 +92,42 @@ def test_help_shows_what_stands_in_angle_brackets_and_no_option_that_undoes_noth
 
 def test_describe_a_preset_counts_it(shell: Shell) -> None:
     code, out, _ = shell("describe", "deepseek-v3", "--json")
+    described = json.loads(out)
     assert code == 0
-    assert json.loads(out)["parameters"]["total"] == 671_026_419_200
-    code, out, _ = shell("describe", "deepseek-v3", "model.blocks.1.repeat=1")
+    assert described["parameters"]["total"] == 671_026_419_200
+    kept = described["activation_bytes"]
+    # A block keeps the stream that enters it, what goes to the eight experts of a token and what comes from them.
+    assert kept["full"] > 58 * (1 + 8 + 8) * 4096 * 7168 * 2
+    # Selective makes queries and keys again: 128 heads of 192.
+    assert kept["none"] - kept["selective"] > 61 * 2 * 4096 * 128 * 192 * 2
+    code, out, _ = shell("describe", "v3-tiny", *SMALL)
     assert code == 0
-    assert "parameters.total" in out
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if "." in line.partition(" ")[0])
+    assert {"parameters.total", "activation_bytes.none", "activation_bytes.selective", "activation_bytes.full"} <= set(
+        rows
+    )
+
+
+def test_describe_predicts_nothing_of_what_looks_at_values(shell: Shell) -> None:
+    Path("peeking.py").write_text(
+        "from attrs import frozen\n"
+        "from tangram.core import component\n"
+        "from tangram.plugins.moe.swiglu import SwiGLU, SwiGLUConfig\n\n"
+        "class Peeking(SwiGLU):\n"
+        "    def transform(self, x):\n"
+        "        return super().transform(x / float(x.detach().abs().max()))\n\n"
+        "@component('feedforward', use='peeking')\n"
+        "@frozen(kw_only=True)\n"
+        "class PeekingConfig(SwiGLUConfig):\n"
+        '    """Divide by the largest."""\n\n'
+        "    def build(self, ctx):\n"
+        "        return Peeking(self, ctx)\n"
+    )
+    asked = ["describe", "v3-tiny", *SMALL, "model.blocks.0.feedforward={use: peeking, hidden: 4}"]
+    code, out, _ = shell(*asked, "--plugin", "peeking.py")
+    assert code == 0
+    assert "activation_bytes: not predicted, for a forward without values fails: Tensor.item()" in out
+    assert json.loads(shell(*asked, "--plugin", "peeking.py", "--json")[1])["activation_bytes"] is None
 
 
 def test_show_prints_a_preset_that_resolves_to_itself(shell: Shell) -> None:

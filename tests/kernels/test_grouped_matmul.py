@@ -175,7 +175,10 @@ def test_widening_only_touches_bfloat16(monkeypatch):
     dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
     widened = [products.product_dtype(torch.zeros(1, dtype=dtype)) for dtype in dtypes]
     assert widened == [torch.float32, *dtypes[1:]]
-    assert products.product_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) is torch.bfloat16
+    without_memory = torch.zeros(1, dtype=torch.bfloat16, device="meta")  # stands for one on this machine's device
+    for gpu, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert products.product_dtype(without_memory) is dtype
     monkeypatch.setattr(products, "native_bfloat16", lambda: True)
     assert products.product_dtype(torch.zeros(1, dtype=torch.bfloat16)) is torch.bfloat16
 

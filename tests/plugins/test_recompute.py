@@ -1,6 +1,5 @@
 """Recomputation over blocks and models: not a bit of a gradient moves, and less is held."""
 
-import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
@@ -11,11 +10,9 @@ from attrs import evolve
 from builders import SMALL_BLOCK, SMALL_MLA
 from tiny import tiny
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tangram.core import build_model
+from tangram.core.activations import Made
 from tangram.core.block import Block
 from tangram.core.context import Parallel
 from tangram.core.experiment import RECOMPUTE, BlockConfig, Experiment
@@ -45,33 +42,12 @@ def worked(config: BlockConfig, policy: str, x: Tensor, segments: list[list[int]
     return block, carry.hidden
 
 
-class Watch(TorchDispatchMode):
-    """Remembers every storage that is made inside, without holding it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                ref = StorageWeakRef(storage)
-                self.made.setdefault(ref.cdata, (ref, storage.nbytes()))
-        return out
-
-    def held(self) -> int:
-        gc.collect()
-        return sum(size for ref, size in self.made.values() if not ref.expired())
-
-
 def held(run: Callable[[], tuple[Block, Tensor]]) -> int:
     """Return the bytes that are alive after a forward because its backward wants them."""
-    with Watch() as watch:
+    with Made() as made:
         kept = run()
     assert kept[1].requires_grad
-    return watch.held()
+    return made.alive()
 
 
 @EVERY
