@@ -1,11 +1,15 @@
 """The same DeepSeek-V3 twice: here and in `transformers` (pip install transformers==5.23.0), with the same weights."""
 
+import statistics
+
 import torch
 from torch import Tensor
 
 from tangram.core import load_preset
+from tangram.core.assembly import assemble
 from tangram.core.experiment import Experiment
 from tangram.core.model import Model
+from tangram.core.records import IGNORE, Batch
 from tangram.plugins.attention.mla import MLAConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.moe.moe import MoEConfig
@@ -23,15 +27,38 @@ SIZES: dict[str, tuple[str, ...]] = {
         "model.block.feedforward={hidden: 224}",
         "model.blocks=[{repeat: 1, feedforward: {use: swiglu, hidden: 1536}}, {repeat: 7}]",
     ),
+    # V3's heads and latent; an expert's products are large enough for a GPU.
+    "1.1B": (
+        "model.dim=1536",
+        "model.vocab_size=32768",
+        "model.block.attention={n_heads: 16, q_rank: 768, kv_rank: 512, nope_dim: 128, rope_dim: 64, value_dim: 128}",
+        "model.block.feedforward={hidden: 512}",
+        "model.blocks=[{repeat: 1, feedforward: {use: swiglu, hidden: 4096}}, {repeat: 11}]",
+    ),
+    "toy": (
+        "model.dim=128",
+        "model.vocab_size=512",
+        "model.block.attention={n_heads: 2, q_rank: 64, kv_rank: 32, nope_dim: 32, rope_dim: 16, value_dim: 32}",
+        "model.block.feedforward={hidden: 64}",
+        "model.blocks=[{repeat: 1, feedforward: {use: swiglu, hidden: 256}}, {repeat: 1}]",
+    ),
 }
 
 
-def experiment(size: str, compute: str, batch: int) -> Experiment:
-    """Return v3-tiny's trunk at a size, with the next token as the only loss, as `transformers` trains it."""
+def experiment(size: str, precision: str, batch: int, *others: str) -> Experiment:
+    """Return v3-tiny's trunk at a size, with the next token as the only loss, as `transformers` trains it.
+
+    Args:
+        size: One of `SIZES`.
+        precision: float32 or bfloat16 for products in that dtype, or fp8.
+        batch: Sequences of a step.
+        others: Further overrides.
+    """
+    kind = "{use: fp8}" if precision == "fp8" else f"{{use: full, compute: {precision}}}"
     return load_preset(
         "v3-tiny",
         *SIZES[size],
-        f"precision.compute={compute}",
+        f"precision={kind}",
         "objectives={mtp: null, sequence_balance: null}",
         "data={use: synthetic}",
         "optimizer={use: adamw}",
@@ -40,6 +67,7 @@ def experiment(size: str, compute: str, batch: int) -> Experiment:
         f"train.batch_sequences={batch}",
         "train.lr=1.0e-4",
         "train.clip=1.0e+9",
+        *others,
     )
 
 
@@ -73,7 +101,7 @@ def transformers_config(experiment: Experiment):  # type: ignore[no-untyped-def]
         qk_nope_head_dim=attention.nope_dim,
         qk_rope_head_dim=attention.rope_dim,
         v_head_dim=attention.value_dim,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         num_nextn_predict_layers=0,
         use_cache=False,
     )
@@ -146,7 +174,57 @@ def twin(model: Model, experiment: Experiment, attention: str = "sdpa"):  # type
     return other
 
 
-def tokens(vocab_size: int, batch: int, seed: int) -> Tensor:
+def in_bfloat16(model):  # type: ignore[no-untyped-def]
+    """Return the peer's model in bfloat16, as it is trained: its router's biases stay in float32."""
+    biases = {name: bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    model.to(torch.bfloat16)
+    for name, bias in biases.items():
+        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias.float()
+    return model
+
+
+def tokens(vocab_size: int, batch: int, seed: int, length: int = LENGTH) -> Tensor:
     """Return random tokens int64 [B, S]."""
     stream = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (batch, LENGTH), generator=stream)
+    return torch.randint(vocab_size, (batch, length), generator=stream)
+
+
+def batch_of(ids: Tensor) -> Batch:
+    """Return the batch whose loss is the one that the peer takes: the last position has no target."""
+    targets = torch.full_like(ids, IGNORE)
+    targets[:, :-1] = ids[:, 1:]
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return Batch(ids, targets, positions, torch.zeros_like(ids), int((targets != IGNORE).sum()), len(ids))
+
+
+def compare(size: str, device: str = "cpu", length: int = LENGTH) -> None:
+    """Check that both sides compute one loss and one gradient, in float32.
+
+    Raises:
+        SystemExit: They do not.
+    """
+    with_two = experiment(size, "float32", 2)
+    run = assemble(with_two)
+    for parameter in run.model.parameters():
+        parameter.data *= 3 if parameter.ndim > 1 else 1  # or the routing would be nearly flat
+    other = twin(run.model, with_two).to(device)
+    run.model.to(device)
+    ids = tokens(with_two.model.vocab_size, 2, 0, length).to(device)
+    ours = run.executor.run(batch_of(ids), run.progress).losses["next_token"]
+    theirs = other(input_ids=ids, labels=ids).loss
+    theirs.backward()
+    grads = as_transformers({a: p.grad for a, p in run.model.named_parameters() if p.grad is not None})
+    errors = [
+        float((grads[name] - p.grad).norm() / p.grad.norm())
+        for name, p in other.named_parameters()
+        if p.grad.norm() > 0
+    ]
+    print(f"{size}: loss {ours:.6f} and {theirs.item():.6f}; largest relative gradient error {max(errors):.1e}")
+    if abs(ours - theirs.item()) > 1e-4 or max(errors) > 1e-4:
+        raise SystemExit("the two sides do not compute the same: no figure is worth printing")
+
+
+def spread(values: list[float], form: str) -> str:
+    """Return the median with the smallest and largest."""
+    shown = [format(value, form) for value in (statistics.median(values), min(values), max(values))]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"

@@ -11,7 +11,6 @@ with its values padded to the width of its keys, which spares it the slow path o
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -23,19 +22,10 @@ from torch.nn import functional as F
 
 from tangram.core.assembly import assemble
 from tangram.core.process import settle
-from tangram.core.records import IGNORE, Batch
 from tangram.core.step import train_step
 
 SIDES = ("tangram", "transformers", "transformers, values padded")
 WARM_UP = 2
-
-
-def batch_of(ids: torch.Tensor) -> Batch:
-    """Return the batch whose loss is the one that the peer takes: the last position has no target."""
-    targets = torch.full_like(ids, IGNORE)
-    targets[:, :-1] = ids[:, 1:]
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return Batch(ids, targets, positions, torch.zeros_like(ids), int((targets != IGNORE).sum()), len(ids))
 
 
 def padded(module, query, key, value, mask, scaling, dropout=0.0, **_):  # type: ignore[no-untyped-def]
@@ -51,17 +41,14 @@ def stepper(side: str, size: str, compute: str, batch: int) -> Callable[[int], f
     run = assemble(experiment)
     if side == "tangram":
         return lambda seed: train_step(
-            run, batch_of(peer.tokens(experiment.model.vocab_size, batch, seed))
+            run, peer.batch_of(peer.tokens(experiment.model.vocab_size, batch, seed))
         ).result.losses["next_token"]
     from transformers import AttentionInterface
 
     AttentionInterface.register("padded", padded)
     model = peer.twin(run.model, experiment, "padded" if "padded" in side else "sdpa")
     if compute == "bfloat16":
-        biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
-        model.to(torch.bfloat16)
-        for name, bias in biases.items():
-            model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias.float()
+        peer.in_bfloat16(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(seed: int) -> float:
@@ -73,28 +60,6 @@ def stepper(side: str, size: str, compute: str, batch: int) -> Callable[[int], f
         return loss.item()
 
     return step
-
-
-def compare(size: str) -> None:
-    """Check that both sides compute one loss and one gradient, in float32."""
-    experiment = peer.experiment(size, "float32", 2)
-    run = assemble(experiment)
-    for parameter in run.model.parameters():
-        parameter.data *= 3 if parameter.ndim > 1 else 1  # or the routing would be nearly flat
-    other = peer.twin(run.model, experiment)
-    ids = peer.tokens(experiment.model.vocab_size, 2, 0)
-    ours = run.executor.run(batch_of(ids), run.progress).losses["next_token"]
-    theirs = other(input_ids=ids, labels=ids).loss
-    theirs.backward()
-    grads = peer.as_transformers({a: p.grad for a, p in run.model.named_parameters() if p.grad is not None})
-    errors = [
-        float((grads[name] - p.grad).norm() / p.grad.norm())
-        for name, p in other.named_parameters()
-        if p.grad.norm() > 0
-    ]
-    print(f"{size}: loss {ours:.6f} and {theirs.item():.6f}; largest relative gradient error {max(errors):.1e}")
-    if abs(ours - theirs.item()) > 1e-4 or max(errors) > 1e-4:
-        raise SystemExit("the two sides do not compute the same: no figure is worth printing")
 
 
 def work(side: str, size: str, compute: str, batch: int) -> None:
@@ -134,16 +99,10 @@ def rounds(size: str, compute: str, batch: int, count: int) -> Iterator[dict[str
             worker.kill()
 
 
-def spread(values: list[float], form: str) -> str:
-    """Return the median with the smallest and largest."""
-    shown = [format(value, form) for value in (statistics.median(values), min(values), max(values))]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})"
-
-
 def main() -> None:
     """Compare, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=peer.SIZES, default="19.5M")
+    parser.add_argument("--size", choices=("19.5M", "105M"), default="19.5M")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
@@ -152,14 +111,14 @@ def main() -> None:
     if asked.side:
         work(asked.side, asked.size, asked.compute, asked.batch)
         return
-    compare(asked.size)
+    peer.compare(asked.size)
     times = list(rounds(asked.size, asked.compute, asked.batch, asked.rounds))
     tokens = asked.batch * peer.LENGTH
     machine = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{asked.size}, {asked.compute}, {asked.batch} x {peer.LENGTH}, one thread, {machine}")
     for side in SIDES:
-        rate = spread([tokens / row[side] for row in times], ",.0f")
-        ratio = spread([row["transformers"] / row[side] for row in times], ".2f")
+        rate = peer.spread([tokens / row[side] for row in times], ",.0f")
+        ratio = peer.spread([row["transformers"] / row[side] for row in times], ".2f")
         print(f"{side:28} {rate} tokens per CPU-second; {ratio} times transformers")
 
 
