@@ -175,11 +175,9 @@ def twin(model: Model, experiment: Experiment, attention: str = "sdpa"):  # type
 
 
 def in_bfloat16(model):  # type: ignore[no-untyped-def]
-    """Return the peer's model in bfloat16, as it is trained: its router's biases stay in float32."""
-    biases = {name: bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")}
-    model.to(torch.bfloat16)
-    for name, bias in biases.items():
-        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias.float()
+    """Return the peer's model with its weights in bfloat16; its angles and its routers' biases stay in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
     return model
 
 

@@ -1,19 +1,19 @@
 """What benchmarks/kernels.py measures: the operations, their formulas in plain torch, and their peers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from operations import decoding, elements, experts, head, optimizer, products, quantising
 from operations.case import Case
 from operations.scale import Scale
 
-_PARTS = {
-    "quantise": quantising.cases,
-    "FP8 products": products.cases,
-    "grouped products": experts.cases,
-    "elements": elements.cases,
-    "head": head.cases,
-    "decoding": decoding.cases,
-    "optimizer": optimizer.cases,
+_PARTS: dict[str, Callable[[Scale], Iterator[tuple[str, Callable[[], Case]]]]] = {
+    "Quantising": quantising.cases,
+    "Products in FP8": products.cases,
+    "Grouped products": experts.cases,
+    "Norm, activation, rotation, tokens to experts and back": elements.cases,
+    "Head": head.cases,
+    "Decoding": decoding.cases,
+    "Optimizer": optimizer.cases,
 }
 
 
@@ -26,3 +26,8 @@ def cases(scale: Scale, only: str) -> Iterator[tuple[str, Case]]:
         for name, make in part(scale):
             if only in name:
                 yield title, make()
+
+
+def names(scale: Scale) -> list[str]:
+    """Return the operation of every case, without drawing a tensor."""
+    return [name for part in _PARTS.values() for name, _ in part(scale)]
