@@ -84,6 +84,19 @@ def test_the_mtp_block_is_a_layer_of_its_own_and_its_experts_are_balanced_too() 
         assert torch.equal(bias, expected)
 
 
+def test_multi_token_prediction_learns_the_trunks_own_embedding_and_head() -> None:
+    run = trainer(exact())
+    model, batch = run.model, run.data.batch(run.progress, 2)
+    trunk = model(batch, run.progress).trunk
+    assert trunk is not None
+    dict(model.token_objectives())["mtp"](trunk.detach(), batch, model.shared).value.backward()
+    for borrowed in (model.embedding.weight, model.head.weight):
+        assert borrowed.grad is not None
+        assert borrowed.grad.any()
+    vocabulary = run.experiment.model.vocab_size
+    assert not [name for name, p in model.objectives.named_parameters() if vocabulary in p.shape], "it has its own"
+
+
 def test_an_objective_of_weight_zero_runs_no_phase() -> None:
     weightless = build_model(exact("objectives.mtp.weight=0.0", "objectives.sequence_balance.weight=0.0"))
     batch = trainer(exact()).data.batch(Progress(), 4)
