@@ -106,8 +106,8 @@ _MEANING = (
     "The last columns are the time of a peer over ours: above 1 ours is faster. Before anything was timed every result",
     "was compared with its formula in float64, or, where it is quantised, bit by bit with the formula itself. What is",
     "`of ceiling` is the least time that a copy of as many bytes or a product of as many operations would take,",
-    "whichever is longer, over the time taken. On a CPU what works in place may beat the copy, which also reads the",
-    "lines that it writes.",
+    "whichever is longer, over the time taken. On a CPU what works in place, or in the cache, may beat the",
+    "copy, which also reads the lines that it writes.",
 )
 
 
