@@ -15,12 +15,14 @@ import torch
 
 from tangram.core import experiment, hookspecs
 from tangram.core.cli import main
-from tangram.core.contracts import SLOTS
+from tangram.core.context import Context
+from tangram.core.contracts import SLOTS, Measured
 from tangram.core.plugins import Plugins
 from tangram.core.presets import available
 from tangram.core.records import EvalReport, GradientNorm, Progress, Result, StepReport, Verdict
 from tangram.core.schema import fields, summary
 from tangram.core.study import read_study
+from tangram.plugins.precision.fp8 import FP8Config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -99,7 +101,10 @@ def test_every_column_of_the_metrics_stands_in_the_page_on_observers_and_no_othe
     result = Result({"NAME": 1.0}, 1.0, torch.tensor([[3, 1]]), 1)
     now, norm = Progress(), GradientNorm(1.0)
     step = StepReport(now, now, 0.1, result, norm, Verdict.ROLLBACK, routed={0: 2}, biases={0: 0.5})
-    evaluation = EvalReport(now, {"NAME": 1.0}, 2.0, 1, 1, complete=True)
+    linear = Context(dim=4, precision=FP8Config(compute="float32").build()).linear(4, 4)
+    assert isinstance(linear, Measured)
+    measures = {name: {0: value} for name, value in linear.measures(torch.ones(1, 4)).items()}
+    evaluation = EvalReport(now, {"NAME": 1.0}, 2.0, 1, 1, complete=True, measures=measures)
     for kind, row in (("step", step.metrics()), ("evaluation", evaluation.metrics())):
         written = {re.sub(r"\.0$", ".LAYER", name) for name in row}
         told = re.findall(rf"^\| `([\w.]+)` \| (?:{kind}|both) \|", page("observers.md"), re.MULTILINE)
