@@ -270,7 +270,7 @@ def _experiment(
         "name": name,
         "model": model,
         "objectives": objectives,
-        "precision": {"compute": "float32"},
+        "precision": {"use": "full", "compute": "float32"},
         "data": data,
         "observers": {"wandb": None, "ema": None},
         "train": {**train, "checkpoint_every": 100},
