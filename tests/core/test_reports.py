@@ -61,7 +61,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(tiny(f"train.tokens={48 * STEPS}"), directory)
     metrics = directory / "metrics.jsonl"
     bits = {"step": STEPS, "tokens": 48 * STEPS, "eval.bits_per_byte": 2.5, "eval.complete": True}
-    metrics.write_text(metrics.read_text() + json.dumps(bits) + "\n")  # the synthetic data hold nothing out
+    fp8 = {"eval.fp8_error.0": 0.04, "eval.fp8_underflow.0": 1e-4, "eval.fp8_peak.0": 3.0}
+    metrics.write_text(metrics.read_text() + json.dumps(bits | fp8) + "\n")  # the synthetic data hold nothing out
     return directory
 
 
@@ -203,7 +204,7 @@ def test_a_run_without_experts_or_held_out_text_says_no_data(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     (run / "load.json").unlink()
     text = write_report(run).read_text()
-    assert Page(text).tags.count("svg") == len(FIGURES) - 6
+    assert Page(text).tags.count("svg") == len(FIGURES) - 8
     assert NO_DATA in text
 
 
