@@ -12,7 +12,7 @@ from tangram.kernels.fp8_grouped_matmul import fp8_grouped_weight_grad, pad_grou
 from tangram.kernels.fp8_matmul import fp8_matmul
 from tangram.kernels.grouped_matmul import grouped_matmul_weight_grad
 from tangram.kernels.products import product
-from tangram.kernels.quantize import PLAIN, TILES, Passes, Scaling, quantize_tiles, scales_of
+from tangram.kernels.quantize import PLAIN, TILES, Passes, Scaling, quantize_tiles, scales_of, shared_peaks
 
 TILE = 128
 
@@ -81,13 +81,7 @@ def round_tiles(x: Tensor, ends: Tensor, scaling: Scaling, passes: Passes = PLAI
     if not x.numel():
         return x
     x = x.contiguous()
-    peaks = passes.column_peaks(x, ends)  # [tiles, K]
-    if scaling.shared == "block":
-        wide = torch.nn.functional.pad(peaks, (0, -peaks.shape[1] % TILE)).unflatten(1, (-1, TILE)).amax(2)
-        peaks = wide.repeat_interleave(TILE, 1)[:, : peaks.shape[1]]
-    elif scaling.shared == "row":
-        peaks = peaks.amax(0, keepdim=True).expand_as(peaks)
-    elif scaling.shared == "tensor":
-        peaks = peaks.amax().expand_as(peaks)
+    # A row of the transposed matrix is a column here.
+    peaks = shared_peaks(passes.column_peaks(x, ends).t(), scaling.shared, TILE).t()  # [tiles, K]
     scales = scales_of(peaks, scaling.power_of_two, scaling.format).contiguous()
     return passes.round_columns(x, scales, ends, scaling.format)

@@ -232,15 +232,24 @@ def _tiles(
     x: Tensor, tile: int, power_of_two: bool, transposed: bool, format: torch.dtype, shared: Shared, passes: Passes
 ) -> Quantized:
     x = (x.t() if transposed else x).contiguous()
-    peaks = passes.peaks(x, tile)  # [M, tiles]
-    if shared == "block":
-        peaks = _for_each_row(_pooled(peaks, tile), tile, len(x))
-    elif shared == "row" and peaks.numel():
-        peaks = peaks.amax(1, keepdim=True).expand_as(peaks)
-    elif shared == "tensor" and peaks.numel():
-        peaks = peaks.amax().expand_as(peaks)
+    peaks = shared_peaks(passes.peaks(x, tile), shared, tile)  # [M, tiles]
     scales = scales_of(peaks, power_of_two, format).contiguous()
     return Quantized(passes.encode(x, scales, tile, format), scales)
+
+
+def shared_peaks(peaks: Tensor, shared: Shared, tile: int) -> Tensor:
+    """Return, for each tile of a matrix, the largest magnitude of all that has one scale with it, [M, tiles]."""
+    if not peaks.numel():
+        return peaks
+    match shared:
+        case "tile":
+            return peaks
+        case "block":
+            return _for_each_row(_pooled(peaks, tile), tile, len(peaks))
+        case "row":
+            return peaks.amax(1, keepdim=True).expand_as(peaks)
+        case "tensor":
+            return peaks.amax().expand_as(peaks)
 
 
 def _blocks(w: Tensor, block: int, power_of_two: bool, format: torch.dtype, whole: bool, passes: Passes) -> Quantized:
