@@ -161,6 +161,14 @@ def one_stage_a_rank(ranks: int, microbatches: int, order: Callable[[int], Seque
     return Plan(ranks, (microbatches,), place, tuple(tuple(order(rank)) for rank in range(ranks)))
 
 
+def in_turn(ahead: int, forward: Sequence[Action], backward: Sequence[Sequence[Action]]) -> list[Action]:
+    """Return `ahead` forwards, then a forward, while there are any, and a backward in turn."""
+    order = list(forward[:ahead])
+    for number, then in enumerate(backward):
+        order += [*forward[ahead + number : ahead + number + 1], *then]
+    return order
+
+
 def sequential(microbatches: int) -> Plan:
     """Return the plan of one rank: each micro-batch forward, then backward."""
     slots = [Slot(0, 0, microbatch) for microbatch in range(microbatches)]

@@ -36,6 +36,10 @@ class Costs:
         """FB, what an overlap takes."""
         return self.forward + self.backward if self.overlap is None else self.overlap
 
+    def fill(self, ranks: int) -> float | None:
+        """Return (P - 1)(F + B), what filling and draining one stage a rank takes; None if messages take time."""
+        return None if self.latency else (ranks - 1) * (self.forward + self.backward)
+
     def of(self, action: Action) -> float:
         """Return what an action takes."""
         match action.op:

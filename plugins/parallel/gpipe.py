@@ -36,5 +36,4 @@ class GPipe:
 
     def promises(self, ranks: int, microbatches: int, costs: Costs) -> Promise:
         """Return (P - 1)(F + B), and as many live micro-batches as there are."""
-        bubble = (ranks - 1) * (costs.forward + costs.backward)
-        return Promise(None if costs.latency else bubble, microbatches)
+        return Promise(costs.fill(ranks), microbatches)

@@ -4,7 +4,7 @@ from attrs import field, frozen
 from attrs.validators import gt
 
 from tangram.core.contracts import Pipeline, Promise
-from tangram.core.plan import Action, Op, Plan, Slot
+from tangram.core.plan import Action, Op, Plan, Slot, in_turn
 from tangram.core.registry import component
 from tangram.core.simulator import Costs
 
@@ -52,13 +52,11 @@ class Interleaved:
 
         actions = []
         for rank in range(ranks):
-            ahead = min(self._ahead(ranks, rank), total)
-            forward = [Action(Op.FORWARD, slot(rank, number, False)) for number in range(total)]
-            order = forward[:ahead]
-            for number in range(total):
-                order += forward[ahead + number : ahead + number + 1]
-                order.append(Action(Op.BACKWARD, slot(rank, number, True)))
-            actions.append(tuple(order))
+            forward, backward = (
+                [Action(op, slot(rank, number, op is Op.BACKWARD)) for number in range(total)]
+                for op in (Op.FORWARD, Op.BACKWARD)
+            )
+            actions.append(tuple(in_turn(self._ahead(ranks, rank), forward, [[action] for action in backward])))
         place = {(0, stage): stage % ranks for stage in range(group)}
         return Plan(stages=group, microbatches=(microbatches,), place=place, actions=tuple(actions))
 
@@ -70,5 +68,4 @@ class Interleaved:
 
     def promises(self, ranks: int, microbatches: int, costs: Costs) -> Promise:
         """Return (P - 1)(F + B) of a stage, and the live stages of the first rank."""
-        bubble = (ranks - 1) * (costs.forward + costs.backward)
-        return Promise(None if costs.latency else bubble, min(self._ahead(ranks, 0) + 1, microbatches * self.rounds))
+        return Promise(costs.fill(ranks), min(self._ahead(ranks, 0) + 1, microbatches * self.rounds))

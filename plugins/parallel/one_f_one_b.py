@@ -3,7 +3,7 @@
 from attrs import frozen
 
 from tangram.core.contracts import Pipeline, Promise
-from tangram.core.plan import Action, Op, Plan, Slot, one_stage_a_rank
+from tangram.core.plan import Action, Op, Plan, Slot, in_turn, one_stage_a_rank
 from tangram.core.registry import component
 from tangram.core.simulator import Costs
 
@@ -29,17 +29,12 @@ class OneFOneB:
         """
 
         def order(rank: int) -> list[Action]:
-            ahead = min(ranks - 1 - rank, microbatches)
-            forward = [Action(Op.FORWARD, Slot(0, rank, microbatch)) for microbatch in range(microbatches)]
-            actions = forward[:ahead]
-            for microbatch in range(microbatches):
-                actions += forward[ahead + microbatch : ahead + microbatch + 1]
-                actions.append(Action(Op.BACKWARD, Slot(0, rank, microbatch)))
-            return actions
+            slots = [Slot(0, rank, microbatch) for microbatch in range(microbatches)]
+            forward = [Action(Op.FORWARD, slot) for slot in slots]
+            return in_turn(ranks - 1 - rank, forward, [[Action(Op.BACKWARD, slot)] for slot in slots])
 
         return one_stage_a_rank(ranks, microbatches, order)
 
     def promises(self, ranks: int, microbatches: int, costs: Costs) -> Promise:
         """Return (P - 1)(F + B), and a live micro-batch for each rank."""
-        bubble = (ranks - 1) * (costs.forward + costs.backward)
-        return Promise(None if costs.latency else bubble, min(ranks, microbatches))
+        return Promise(costs.fill(ranks), min(ranks, microbatches))

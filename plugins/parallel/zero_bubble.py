@@ -3,7 +3,7 @@
 from attrs import frozen
 
 from tangram.core.contracts import Pipeline, Promise
-from tangram.core.plan import Action, Op, Plan, Slot, one_stage_a_rank
+from tangram.core.plan import Action, Op, Plan, Slot, in_turn, one_stage_a_rank
 from tangram.core.registry import component
 from tangram.core.simulator import Costs
 
@@ -29,18 +29,13 @@ class ZeroBubble:
         """
 
         def order(rank: int) -> list[Action]:
-            ahead = min(ranks - 1 - rank, microbatches)
             forward, input, weight = (
                 [Action(op, Slot(0, rank, microbatch)) for microbatch in range(microbatches)]
                 for op in (Op.FORWARD, Op.INPUT_BACKWARD, Op.WEIGHT_BACKWARD)
             )
-            actions = forward[:ahead]
-            for microbatch in range(microbatches):
-                actions += forward[ahead + microbatch : ahead + microbatch + 1]
-                actions.append(input[microbatch])
-                if microbatch >= rank:
-                    actions.append(weight[microbatch - rank])
-            return actions + weight[max(0, microbatches - rank) :]
+            late = [*([] for _ in range(rank)), *([action] for action in weight)]  # each `rank` micro-batches later
+            backward = [[action, *then] for action, then in zip(input, late, strict=False)]
+            return in_turn(ranks - 1 - rank, forward, backward) + weight[max(0, microbatches - rank) :]
 
         return one_stage_a_rank(ranks, microbatches, order)
 
