@@ -12,7 +12,7 @@ from enum import Enum
 from attrs import evolve, frozen
 
 from tangram.core.plan import Action, Op, Plan, PlanError, Slot
-from tangram.core.simulator import simulate
+from tangram.core.simulator import needs, simulate
 
 
 class Kind(Enum):
@@ -88,16 +88,12 @@ class Lowered:
 
 def needed(plan: Plan, rank: int, action: Action) -> list[Message]:
     """Return the messages that an action needs, of an overlap those of both parts."""
-    found = []
-    for part in action.parts:
-        step = {Op.FORWARD: -1, Op.BACKWARD: 1, Op.INPUT_BACKWARD: 1}.get(part.op)
-        stage = part.slot.stage + (step or 0)
-        if step is None or not 0 <= stage < plan.stages:
-            continue
-        source = plan.place[part.slot.flow, stage]
-        if source != rank:
-            found.append(Message(step > 0, part.slot, source, rank))
-    return found
+    return [
+        Message(need.op is not Op.FORWARD, part.slot, source, rank)
+        for part in action.parts
+        for need in needs(plan, part)
+        if (source := plan.place[need.slot.flow, need.slot.stage]) != rank
+    ]
 
 
 def given(plan: Plan, rank: int, part: Action) -> Message | None:
