@@ -14,7 +14,7 @@ from tangram.core.context import Context, Parallel
 from tangram.core.contracts import Pipeline
 from tangram.core.executor import Executor
 from tangram.core.layers import FullPrecision, Linear
-from tangram.core.plan import Action, Plan, validate
+from tangram.core.plan import Plan, validate
 from tangram.core.records import Batch, Carry, Loss, Phase, Progress
 from tangram.core.simulator import Costs, simulate
 from tangram.testing.laws import Contract, law
@@ -96,7 +96,7 @@ class PipelineContract(Contract):
     def no_rank_waits_for_ever(self, config: Any, pick: int) -> None:
         """Ranks that each keep to their order, and wait for what the stage before or after sends, come to the end."""
         found = self.accepted(config)
-        _in_one_order(found[pick % len(found)][2])
+        on_one_rank(found[pick % len(found)][2])
 
     @law(costs=_COSTS, kills=[mutants.promises_too_much, mutants.promises_too_little_memory])
     def its_promises_are_kept(self, config: Any, costs: Costs) -> None:
@@ -142,8 +142,7 @@ class PipelineContract(Contract):
         _, microbatches, plan = found[pick % len(found)]
         program = filled(_Chain(plan.stages), seed)
         batch = _batch(microbatches, seed)
-        together = evolve(plan, place=dict.fromkeys(plan.place, 0), actions=(tuple(_in_one_order(plan)),))
-        executor = Executor(program, lambda _: together, 1, program.queue, lambda: None)
+        executor = Executor(program, lambda _: on_one_rank(plan), 1, program.queue, lambda: None)
         result = executor.run(batch, Progress())
         actual = {name: p.grad for name, p in program.named_parameters()}
         program.zero_grad()
@@ -158,14 +157,14 @@ class PipelineContract(Contract):
         assert_same_gradients(actual, {name: p.grad for name, p in program.named_parameters()}, length=length)
 
 
-def _in_one_order(plan: Plan) -> list[Action]:
-    """Return the actions of all ranks in an order in which they can be done one after the other.
+def on_one_rank(plan: Plan) -> Plan:
+    """Return the plan with the work of all ranks on one, in an order in which they could have done it.
 
     Raises:
         PlanError: There is none: every rank waits.
     """
-    spans = [span for rank in simulate(plan, Costs(overlap=2.5)).spans for span in rank]
-    return [span.action for span in sorted(spans, key=lambda span: span.end)]
+    spans = sorted((span for rank in simulate(plan).spans for span in rank), key=lambda span: span.end)
+    return evolve(plan, place=dict.fromkeys(plan.place, 0), actions=(tuple(span.action for span in spans),))
 
 
 class _Chain(nn.Module):

@@ -6,23 +6,11 @@ import pytest
 from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import plans
 
 from tangram.core.lowering import Lowered, Message, Receive, Reduce, Send, check, lower
-from tangram.core.plan import Action, Op, Plan, PlanError, Slot, forward_only, sequential
-from tangram.plugins.parallel.dualpipe import DualPipe, DualPipeV
-from tangram.plugins.parallel.gpipe import GPipe
-from tangram.plugins.parallel.interleaved import Interleaved
-from tangram.plugins.parallel.one_f_one_b import OneFOneB
-from tangram.plugins.parallel.zero_bubble import ZeroBubble
-
-PIPELINES = (GPipe(), OneFOneB(), ZeroBubble(), Interleaved(2), DualPipe(), DualPipeV())
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    pipeline = draw(st.sampled_from(PIPELINES))
-    ranks, groups = draw(st.sampled_from((2, 4, 6, 8))), draw(st.integers(2, 4))
-    return pipeline.schedule(ranks, groups * ranks)
+from tangram.core.plan import Action, Op, PlanError, Slot, forward_only, sequential
+from tangram.plugins.parallel.dualpipe import DualPipe
 
 
 def messages(lowered: Lowered, kind: type[Send] | type[Receive]) -> dict[tuple[int, int], list[Message]]:

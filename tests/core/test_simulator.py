@@ -5,25 +5,14 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import plans
 
 from tangram.core.gantt import lines, picture
 from tangram.core.plan import Action, Op, Plan, PlanError, Slot
 from tangram.core.simulator import Costs, needs, simulate
-from tangram.plugins.parallel.dualpipe import DualPipe, DualPipeV
-from tangram.plugins.parallel.gpipe import GPipe
-from tangram.plugins.parallel.interleaved import Interleaved
-from tangram.plugins.parallel.one_f_one_b import OneFOneB
-from tangram.plugins.parallel.zero_bubble import ZeroBubble
+from tangram.plugins.parallel.dualpipe import DualPipe
 
-PIPELINES = (GPipe(), OneFOneB(), ZeroBubble(), Interleaved(2), DualPipe(), DualPipeV())
 TIMES = st.sampled_from((0.25, 0.5, 1.0, 1.75))
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    pipeline = draw(st.sampled_from(PIPELINES))
-    ranks, groups = draw(st.sampled_from((2, 4, 6))), draw(st.integers(2, 4))
-    return pipeline.schedule(ranks, groups * ranks)
 
 
 COSTS = st.builds(

@@ -2,67 +2,38 @@
 
 import pytest
 import torch
-from attrs import evolve
-from tiny import exact
+from pipeline_at_work import PIPELINES, SEQUENCES, Worked, experiment, step
 
-from tangram.core.context import Parallel
-from tangram.core.executor import Executor
-from tangram.core.model import Model, build_model
-from tangram.core.plan import Plan, sequential
-from tangram.core.records import Result
-from tangram.core.simulator import simulate
-from tangram.core.step import Progress
-from tangram.plugins.parallel.dualpipe import DualPipe, DualPipeV
-from tangram.plugins.parallel.gpipe import GPipe
-from tangram.plugins.parallel.interleaved import Interleaved
-from tangram.plugins.parallel.one_f_one_b import OneFOneB
-from tangram.plugins.parallel.zero_bubble import ZeroBubble
+from tangram.core.model import build_model
+from tangram.core.plan import sequential
+from tangram.core.records import Progress
 from tangram.testing import assert_same_gradients
+from tangram.testing.contracts.pipeline import on_one_rank
 
-SEQUENCES = 8
-EXPERIMENT = exact("model.blocks.1.repeat=3", "objectives.mtp.depth=2")
-PLANS = {
-    "gpipe": GPipe().schedule(2, SEQUENCES),
-    "1F1B": OneFOneB().schedule(4, SEQUENCES),
-    "ZB1P": ZeroBubble().schedule(2, SEQUENCES),
-    "interleaved": Interleaved(2).schedule(2, SEQUENCES),
-    "dualpipe": DualPipe().schedule(4, SEQUENCES),
-    "dualpipev": DualPipeV().schedule(2, SEQUENCES),
-}
-
-
-def alone(plan: Plan) -> Plan:
-    """Return the plan with the work of all ranks on one, in the order in which it would end."""
-    spans = sorted((span for rank in simulate(plan).spans for span in rank), key=lambda span: span.end)
-    return evolve(plan, place=dict.fromkeys(plan.place, 0), actions=(tuple(span.action for span in spans),))
-
-
-def worked(plan: Plan, *, experiment=EXPERIMENT) -> tuple[Model, Result]:
-    parallel = Parallel()
-    model = build_model(experiment, 3, parallel=parallel, n_stages=plan.stages)
-    data = experiment.data.build(experiment.train, experiment.model.vocab_size)
-    executor = Executor(model, lambda _: plan, 1, parallel.weight_grads, lambda: None)
-    return model, executor.run(data.batch(Progress(), SEQUENCES), Progress())
+LAYERS = 4
+EXPERIMENT = experiment(LAYERS, SEQUENCES)
+MODEL = build_model(EXPERIMENT, device="meta")
+RANKS = {name: 4 if name in ("dualpipe", "one_f_one_b") else 2 for name in PIPELINES}
+PLANS = {name: pipeline.schedule(RANKS[name], SEQUENCES) for name, pipeline in PIPELINES.items()}
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[Model, Result]:
-    return worked(sequential(SEQUENCES))
+def whole() -> Worked:
+    return step(sequential(SEQUENCES), LAYERS)
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_in_any_order_the_step_is_that_of_one_stage(name, whole):
-    model, result = worked(alone(PLANS[name]))
-    assert result.losses.keys() == whole[1].losses.keys() == {"next_token", "mtp", "sequence_balance"}
-    for loss, value in whole[1].losses.items():
-        assert result.losses[loss] == pytest.approx(value, rel=1e-13)
-    assert torch.equal(result.load, whole[1].load)
-    gradients = [{address: p.grad for address, p in each.named_parameters()} for each in (model, whole[0])]
-    assert all(grad is not None for grad in gradients[1].values())
-    assert_same_gradients(*gradients, length=SEQUENCES * 12 * 16)
+    losses, load, gradients = step(on_one_rank(PLANS[name]), LAYERS)
+    assert losses.keys() == whole[0].keys() == {"next_token", "mtp", "sequence_balance"}
+    for loss, value in whole[0].items():
+        assert losses[loss] == pytest.approx(value, rel=1e-13)
+    assert torch.equal(load, whole[1])
+    assert gradients.keys() == whole[2].keys() == {address for address, _ in MODEL.named_parameters()}
+    assert_same_gradients(gradients, whole[2], length=SEQUENCES * 12 * 16)
 
 
-def test_the_weights_do_not_depend_on_the_stages(whole):
+def test_the_weights_do_not_depend_on_the_stages():
     other = build_model(EXPERIMENT, 3, n_stages=3)
     for (address, one), (same, two) in zip(
         build_model(EXPERIMENT, 3).named_parameters(), other.named_parameters(), strict=True
