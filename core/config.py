@@ -31,7 +31,7 @@ Plain: TypeAlias = Scalar | list["Plain"] | dict[str, "Plain"]
 """A value without origins, as JSON has it."""
 
 MAX_BYTES = 250_000
-MAX_VALUES = 10_000
+MAX_VALUES = 5_000
 MAX_DEPTH = 50
 """What a file may hold, so that none takes longer to read than a person waits: keys and values, and levels."""
 

@@ -134,9 +134,7 @@ def resolve(
         experiment = structure(tree, Experiment, plugins.registry)
     except UnknownUseError as error:
         raise _or_broken(error, plugins) from None
-    leaves = _leaves(plain(experiment), ())
-    origins = {".".join(path): _origin(tree, path, value) for path, value in leaves}
-    return Resolved(experiment, origins, file)
+    return Resolved(experiment, dict(_origins(tree, plain(experiment), "")), file)
 
 
 def _find(name: str, plugins: Plugins, folder: Path, origin: Origin | None) -> Path:
@@ -372,9 +370,12 @@ def _leaves(value: Plain, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
         yield path, value
 
 
-def _origin(tree: Node, path: tuple[str, ...], value: Scalar) -> Origin:
-    """Return where a leaf was written. A null that gave way to a default was not its origin."""
-    node: Node | None = tree
-    for step in path:
-        node = node.child(step) if node else None
-    return DEFAULT if node is None or (node.value is None and value is not None) else node.origin
+def _origins(node: Node | None, value: Plain, path: str) -> Iterator[tuple[str, Origin]]:
+    """Yield where each leaf was written. A null that gave way to a default was not its origin."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for step, item in items:
+            yield from _origins(node and node.child(step), item, f"{path}.{step}" if path else str(step))
+    else:
+        defaulted = node is None or (node.value is None and value is not None)
+        yield path, DEFAULT if node is None or defaulted else node.origin
