@@ -8,7 +8,9 @@ from torch import nn
 
 from tangram.core.autograd import Recompute, WeightGrads
 from tangram.core.contracts import Input, Precision
+from tangram.core.groups import Groups
 from tangram.core.layers import FullPrecision
+from tangram.core.layout import Layout
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -32,9 +34,13 @@ class Parallel:
 
     Attributes:
         weight_grads: The rank's queue of weight gradients.
+        layout: The ranks of the run, and which of them this is.
+        groups: The groups of processes that this rank talks in.
     """
 
     weight_grads: WeightGrads = field(factory=WeightGrads)
+    layout: Layout = field(factory=Layout)
+    groups: Groups = field(factory=Groups)
 
 
 @frozen(eq=False, kw_only=True)

@@ -22,9 +22,9 @@ ROOMS = {
     "triton": ("kernels/",),
     "torch.distributed": (
         "core/channels.py",
-        "core/context.py",
+        "core/groups.py",
         "core/executor.py",
-        "core/checkpoint.py",
+        "core/launch.py",
         "plugins/parallel/",
         "testing/ranks.py",
     ),
