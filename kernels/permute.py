@@ -10,9 +10,12 @@ the row of a slot,
                   drows[m] = gates[slots[m]] * dy[index[m]],    dgates[n, k] = rows[inverse[n, k]] . dy[n]
 
 so both directions of both only gather and sum: the order of every sum is fixed, and no two writes meet.
+
+A slot may have no row, where its expert is elsewhere: it is a gap, and counts as nothing.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,37 +35,42 @@ class Order:
 
     Attributes:
         index: Token of each row, int64 [N * K].
-        inverse: Row of each slot, int64 [N, K].
+        inverse: Row of each slot, -1 for a gap, int64 [N, K].
         counts: Rows of each expert, int64 [E].
         slots: Slot of each row, n * K + k, int64 [N * K].
+        gaps: Whether there may be gaps; each makes the rows one fewer.
     """
 
     index: Tensor
     inverse: Tensor
     counts: Tensor
     slots: Tensor
+    gaps: bool = False
 
 
-def order_by_expert(ids: Tensor, n_experts: int) -> Order:
+def order_by_expert(ids: Tensor, n_experts: int, n_rows: int | None = None) -> Order:
     """Return the order in which rows are sorted by expert, and by token within one.
 
     Args:
-        ids: Experts of each token, below `n_experts`, int64 [N, K].
+        ids: Experts of each token, below `n_experts`, int64 [N, K]; with `n_rows` also -1, a gap.
         n_experts: E.
+        n_rows: How many slots are no gaps; by default there are none.
     """
-    experts = ids.flatten()
-    slots = experts.argsort(stable=True)
-    inverse = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=ids.device))
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
+    experts, gaps = ids.flatten(), n_rows is not None
+    if gaps:
+        experts = torch.where(experts < 0, n_experts, experts)
+    slots = experts.argsort(stable=True)[:n_rows]
+    inverse = torch.full_like(experts, -1).scatter_(0, slots, torch.arange(len(slots), device=ids.device))
+    counts = torch.zeros(n_experts + gaps, dtype=torch.int64, device=ids.device)
     counts.scatter_add_(0, experts, torch.ones_like(experts))  # unlike bincount, this needs no sync
-    return Order(slots // max(ids.shape[1], 1), inverse.view_as(ids), counts, slots)
+    return Order(slots // max(ids.shape[1], 1), inverse.view_as(ids), counts[:n_experts], slots, gaps)
 
 
 def permute(x: Tensor, order: Order) -> Tensor:
     """Return one row for each slot of `x` [N, D], in `order`, [N * K, D]."""
     if takes_kernel(x):
-        return torch.ops.tangram.permute(x, order.index, order.inverse)
-    return _Permute.apply(x, order.index, order.inverse)
+        return torch.ops.tangram.permute(x, order.index, order.inverse, order.gaps)
+    return _Permute.apply(x, order.index, order.inverse, order.gaps)
 
 
 def unpermute(rows: Tensor, gates: Tensor, order: Order) -> Tensor:
@@ -75,15 +83,23 @@ def unpermute(rows: Tensor, gates: Tensor, order: Order) -> Tensor:
         gates: Weights [N, K], of any floating dtype.
         order: What `order_by_expert` returned.
     """
-    args = rows, gates, order.index, order.inverse, order.slots
+    args = rows, gates, order.index, order.inverse, order.slots, order.gaps
     return torch.ops.tangram.unpermute(*args) if takes_kernel(rows) else _Unpermute.apply(*args)
 
 
-def _collect(rows: Tensor, inverse: Tensor, gates: Tensor | None = None) -> Tensor:
+def _closed(rows: Tensor, inverse: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:
+    """Return rows [M, ...] and the row of each slot, which for a gap is a further row of zeros."""
+    if not gaps:
+        return rows, inverse
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]), inverse.remainder(len(rows) + 1)
+
+
+def _collect(rows: Tensor, inverse: Tensor, gates: Tensor | None = None, gaps: bool = False) -> Tensor:
     """Return the sum over k of rows[inverse[:, k]], weighted by gates[:, k] if given, [N, D].
 
     One slot at a time: three times as fast as summing a gathered [N, K, D].
     """
+    rows, inverse = _closed(rows, inverse, gaps)
     wide = accumulator(rows.dtype)
     total = rows.new_zeros(len(inverse), rows.shape[1], dtype=wide)
     for k in range(inverse.shape[1]):
@@ -102,6 +118,7 @@ def _unpermute_grads(
     index: Tensor,
     inverse: Tensor,
     slots: Tensor,
+    gaps: bool = False,
     needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of rows and gates, each if it is needed."""
@@ -109,8 +126,8 @@ def _unpermute_grads(
     per_row = grad.index_select(0, index).to(wide)  # [M, D]
     rows_grad = gates_grad = None
     if needs[1]:
-        dots = (rows * per_row).sum(-1)  # [M]
-        gates_grad = dots.index_select(0, inverse.flatten()).view_as(gates).to(gates.dtype)
+        dots, places = _closed((rows * per_row).sum(-1), inverse, gaps)  # [M]
+        gates_grad = dots.index_select(0, places.flatten()).view_as(gates).to(gates.dtype)
     if needs[0]:
         weights = gates.flatten().index_select(0, slots).to(wide)
         rows_grad = per_row.mul_(weights.unsqueeze(1)).to(rows.dtype)
@@ -119,29 +136,31 @@ def _unpermute_grads(
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, inverse):
+    def forward(ctx, x, index, inverse, gaps):
         ctx.save_for_backward(inverse)
+        ctx.gaps = gaps
         return x.index_select(0, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
-        return _collect(grad, inverse), None, None
+        return _collect(grad, inverse, gaps=ctx.gaps), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, gates, index, inverse, slots):
+    def forward(ctx, rows, gates, index, inverse, slots, gaps):
         ctx.save_for_backward(rows, gates, index, inverse, slots)
-        return _collect(rows, inverse, gates)
+        ctx.gaps = gaps
+        return _collect(rows, inverse, gates, gaps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, gates, index, inverse, slots = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        return *_unpermute_grads(grad, rows, gates, index, inverse, slots, needs), None, None, None
+        return *_unpermute_grads(grad, rows, gates, index, inverse, slots, ctx.gaps, needs), None, None, None, None
 
 
 @triton.jit
@@ -187,8 +206,9 @@ def _gather_sum(
     inside = (token < tokens)[:, None] & (column < columns)
     total = tl.zeros((ROWS, COLUMNS), wide)
     for k in tl.static_range(slots):
-        source = tl.load(inverse + token * slots + k, mask=token < tokens, other=0).to(tl.int64)[:, None]
-        values = tl.load(rows + source * stride_row + column * stride_column, mask=inside, other=0.0).to(wide)
+        source = tl.load(inverse + token * slots + k, mask=token < tokens, other=-1).to(tl.int64)[:, None]
+        there = inside & (source >= 0)
+        values = tl.load(rows + source * stride_row + column * stride_column, mask=there, other=0.0).to(wide)
         if weighted:
             values *= tl.load(gates + token * slots + k, mask=token < tokens, other=0.0).to(wide)[:, None]
         total += values
@@ -272,11 +292,13 @@ def _launch_sum(rows: Tensor, inverse: Tensor, gates: Tensor | None = None) -> T
     return y
 
 
-def _launch_backward(grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def _launch_backward(
+    grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, slots: Tensor, gaps: bool
+) -> tuple[Tensor, Tensor]:
     rows_grad = rows.new_empty(rows.shape)
     if not rows.numel():
         return rows_grad, gates.new_zeros(gates.shape)
-    gates_grad = gates.new_empty(gates.shape)
+    gates_grad = gates.new_zeros(gates.shape) if gaps else gates.new_empty(gates.shape)
     tall, width = _tile(rows.shape[1])
     _weigh_and_dot[(triton.cdiv(len(rows), tall),)](
         grad,
@@ -297,42 +319,42 @@ def _launch_backward(grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, s
 
 
 @torch.library.custom_op("tangram::permute", mutates_args=())
-def _permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+def _permute(x: Tensor, index: Tensor, inverse: Tensor, gaps: bool) -> Tensor:
     return _launch_gather(x, index) if takes_kernel(x) else x.index_select(0, index)
 
 
 @_permute.register_fake
-def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+def _(x: Tensor, index: Tensor, inverse: Tensor, gaps: bool) -> Tensor:
     return x.new_empty(len(index), x.shape[1])
 
 
 @torch.library.custom_op("tangram::permute_backward", mutates_args=())
-def _permute_backward(grad: Tensor, inverse: Tensor) -> Tensor:
-    return (_launch_sum if takes_kernel(grad) else _collect)(grad, inverse)
+def _permute_backward(grad: Tensor, inverse: Tensor, gaps: bool) -> Tensor:
+    return _launch_sum(grad, inverse) if takes_kernel(grad) else _collect(grad, inverse, gaps=gaps)
 
 
 @_permute_backward.register_fake
-def _(grad: Tensor, inverse: Tensor) -> Tensor:
+def _(grad: Tensor, inverse: Tensor, gaps: bool) -> Tensor:
     return grad.new_empty(len(inverse), grad.shape[1])
 
 
 @torch.library.custom_op("tangram::unpermute", mutates_args=())
-def _unpermute(rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor) -> Tensor:
-    return (_launch_sum if takes_kernel(rows) else _collect)(rows, inverse, gates)
+def _unpermute(rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor, gaps: bool) -> Tensor:
+    return _launch_sum(rows, inverse, gates) if takes_kernel(rows) else _collect(rows, inverse, gates, gaps)
 
 
 @_unpermute.register_fake
-def _(rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor) -> Tensor:
+def _(rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor, gaps: bool) -> Tensor:
     return rows.new_empty(len(inverse), rows.shape[1])
 
 
 @torch.library.custom_op("tangram::unpermute_backward", mutates_args=())
 def _unpermute_backward(
-    grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor
+    grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor, gaps: bool
 ) -> tuple[Tensor, Tensor]:
     if takes_kernel(rows):
-        return _launch_backward(grad, rows, gates, index, slots)
-    rows_grad, gates_grad = _unpermute_grads(grad, rows, gates, index, inverse, slots)
+        return _launch_backward(grad, rows, gates, index, slots, gaps)
+    rows_grad, gates_grad = _unpermute_grads(grad, rows, gates, index, inverse, slots, gaps)
     assert rows_grad is not None
     assert gates_grad is not None
     return rows_grad, gates_grad
@@ -340,16 +362,32 @@ def _unpermute_backward(
 
 @_unpermute_backward.register_fake
 def _(
-    grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor
+    grad: Tensor, rows: Tensor, gates: Tensor, index: Tensor, inverse: Tensor, slots: Tensor, gaps: bool
 ) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), gates.new_empty(gates.shape)
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.gaps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _keep_inverse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, inverse, ctx.gaps = inputs
+    ctx.save_for_backward(inverse)
+
+
 _permute.register_autograd(
-    lambda ctx, grad: (torch.ops.tangram.permute_backward(grad, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[2]),
+    lambda ctx, grad: (torch.ops.tangram.permute_backward(grad, *ctx.saved_tensors, ctx.gaps), None, None, None),
+    setup_context=_keep_inverse,
 )
 _unpermute.register_autograd(
-    lambda ctx, grad: (*torch.ops.tangram.unpermute_backward(grad, *ctx.saved_tensors), None, None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, grad: (
+        *torch.ops.tangram.unpermute_backward(grad, *ctx.saved_tensors, ctx.gaps),
+        None,
+        None,
+        None,
+        None,
+    ),
+    setup_context=_keep,
 )

@@ -4,6 +4,7 @@ And the kernels agree with their twins.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tangram.testing import assert_close
 
 SHAPES = st.tuples(st.integers(0, 12), st.integers(1, 4), st.integers(4, 9), st.integers(1, 6))  # N, K, E, D
 SKEWS = st.sampled_from([0.0, 1.0, 50.0])
+GAPS = st.sampled_from([0.0, 0.5, 1.0])
 
 
 def routing(seed: int, n: int, k: int, e: int, skew: float) -> Tensor:
@@ -29,20 +31,28 @@ def routing(seed: int, n: int, k: int, e: int, skew: float) -> Tensor:
     return preference.topk(k, dim=1).indices
 
 
-def assignment(ids: Tensor, gates: Tensor, n_experts: int) -> Tensor:
-    """Gates as a dense [N, E] table."""
-    return torch.zeros(len(ids), n_experts, dtype=torch.float64).scatter(1, ids, gates.double())
+def with_gaps(ids: Tensor, seed: int, share: float) -> Tensor:
+    """Some slots, a share of them, have no expert."""
+    drawn = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(drawn < share, -1, ids)
 
 
-@given(shape=SHAPES, skew=SKEWS, seed=st.integers(0, 99))
-def test_rows_are_sorted_by_expert_then_token_and_every_slot_has_one(shape, skew, seed):
+def ordered(ids: Tensor, n_experts: int) -> Order:
+    """The order of ids of which some may be gaps."""
+    rows = int((ids >= 0).sum())
+    return order_by_expert(ids, n_experts, None if rows == ids.numel() else rows)
+
+
+@given(shape=SHAPES, skew=SKEWS, gaps=GAPS, seed=st.integers(0, 99))
+def test_rows_are_sorted_by_expert_then_token_and_every_slot_but_a_gap_has_one(shape, skew, gaps, seed):
     n, k, e, _ = shape
-    ids = routing(seed, n, k, e, skew)
-    order = order_by_expert(ids, e)
-    slots = [(int(ids[t, s]), t, t * k + s) for t in range(n) for s in range(k)]
+    ids = with_gaps(routing(seed, n, k, e, skew), seed, gaps)
+    order = ordered(ids, e)
+    slots = [(int(ids[t, s]), t, t * k + s) for t in range(n) for s in range(k) if ids[t, s] >= 0]
     assert order.index.tolist() == [token for _, token, _ in sorted(slots)]
     assert order.slots.tolist() == [slot for _, _, slot in sorted(slots)]
-    assert order.inverse.flatten()[order.slots].tolist() == list(range(n * k))
+    assert order.inverse.flatten()[order.slots].tolist() == list(range(len(slots)))
+    assert (order.inverse[ids < 0] == -1).all()
     assert order.inverse.shape == (n, k)
     assert order.counts.tolist() == [sum(expert == wanted for expert, _, _ in slots) for wanted in range(e)]
 
@@ -59,14 +69,15 @@ def test_there_and_back_with_gates_that_sum_to_one_changes_nothing(shape, skew, 
 @given(
     shape=SHAPES,
     skew=SKEWS,
+    gaps=GAPS,
     seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
-def test_experts_that_scale_their_rows_equal_a_dense_mixture_with_gradients(shape, skew, seed, dtype):
+def test_experts_that_scale_their_rows_equal_a_dense_mixture_with_gradients(shape, skew, gaps, seed, dtype):
     n, k, e, d = shape
     g = torch.Generator().manual_seed(seed)
-    ids = routing(seed, n, k, e, skew)
-    order = order_by_expert(ids, e)
+    ids = with_gaps(routing(seed, n, k, e, skew), seed, gaps)
+    order = ordered(ids, e)
     wide = torch.promote_types(dtype, torch.float32)
     x = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     gates = torch.rand(n, k, generator=g, dtype=torch.float64).to(wide).requires_grad_()
@@ -78,7 +89,7 @@ def test_experts_that_scale_their_rows_equal_a_dense_mixture_with_gradients(shap
     assert (rows.dtype, y.dtype, got[0].dtype, got[1].dtype) == (dtype, dtype, dtype, wide)
 
     x64, gates64 = x.detach().double().requires_grad_(), gates.detach().double().requires_grad_()
-    dense = (assignment(ids, torch.ones_like(gates64), e) * factors).gather(1, ids)  # [N, K]
+    dense = torch.where(ids < 0, 0.0, factors[ids])  # [N, K]
     want_y = (dense * gates64).sum(1, keepdim=True) * x64
     want = torch.autograd.grad(want_y, (x64, gates64), grad.double())
     outer, inner = torch.finfo(dtype).eps, torch.finfo(wide).eps
@@ -90,12 +101,12 @@ def test_experts_that_scale_their_rows_equal_a_dense_mixture_with_gradients(shap
     assert ((got[1] - want[1]).abs() <= (d + 2) * inner * products + 1e-37).all()
 
 
-def test_gradcheck():
-    ids = routing(0, 5, 2, 4, 1.0)
-    order = order_by_expert(ids, 4)
+@pytest.mark.parametrize("gaps", [0.0, 0.5])
+def test_gradcheck(gaps):
+    order = ordered(with_gaps(routing(0, 5, 2, 4, 1.0), 0, gaps), 4)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(10, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(len(order.index), 3, generator=g, dtype=torch.float64, requires_grad=True)
     gates = torch.rand(5, 2, generator=g, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: permute(t, order), x)
     assert torch.autograd.gradcheck(lambda r, w: unpermute(r, w, order), (rows, gates))
@@ -148,20 +159,36 @@ def test_no_direction_scatters_into_activations():
     assert not {name for name in ops.names if "scatter" in name or name.startswith(("index_add", "index_put"))}
 
 
-def on_device(n: int, k: int) -> Order:
-    """An order of n tokens by 8 experts, with numbers of no row around its parts."""
-    order = order_by_expert(routing(0, n, k, 8, 1.0), 8)
-    return Order(*(guarded(each) for each in (order.index, order.inverse, order.counts, order.slots)))
+def fenced(order: Order) -> Order:
+    """The order with numbers of no row around its parts."""
+    return Order(*(guarded(each) for each in (order.index, order.inverse, order.counts, order.slots)), order.gaps)
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(70, 3, 100), (5, 8, 2050), (1, 1, 1), (0, 2, 4), (3, 2, 0), (3, 0, 4)])
+def on_device(n: int, k: int, gaps: float = 0.0) -> Order:
+    """A fenced order of n tokens by 8 experts."""
+    return fenced(ordered(with_gaps(routing(0, n, k, 8, 1.0), 0, gaps), 8))
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "d", "gaps"),
+    [
+        (70, 3, 100, 0.0),
+        (70, 3, 100, 0.5),
+        (5, 8, 2050, 0.0),
+        (1, 1, 1, 0.0),
+        (0, 2, 4, 0.0),
+        (3, 2, 0, 0.0),
+        (3, 0, 4, 0.0),
+        (3, 2, 4, 1.0),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("held", [guarded, strided])
-def test_the_kernels_agree_with_the_twins(n, k, d, dtype, held):
-    order = on_device(n, k)
+def test_the_kernels_agree_with_the_twins(n, k, d, gaps, dtype, held):
+    order = on_device(n, k, gaps)
     wide = torch.promote_types(dtype, torch.float32)
     x, y_grad = (held(numbers(n, d, seed=seed, dtype=dtype)) for seed in (1, 2))
-    rows, rows_grad = (held(numbers(n * k, d, seed=seed, dtype=dtype)) for seed in (3, 4))
+    rows, rows_grad = (held(numbers(len(order.index), d, seed=seed, dtype=dtype)) for seed in (3, 4))
     gates = held(numbers(n, k, seed=5, dtype=wide))
 
     def run() -> list[Tensor]:
@@ -179,7 +206,7 @@ def test_the_kernels_agree_with_the_twins(n, k, d, dtype, held):
 
 
 def test_the_kernel_sums_in_float32():
-    order = Order(*(guarded(each) for each in vars(order_by_expert(torch.arange(17)[None], 17)).values()))
+    order = fenced(order_by_expert(torch.arange(17)[None], 17))
     rows = guarded(torch.full((17, 1), 0.5, dtype=torch.bfloat16))
     rows[0] = 256
     with kernels.use("triton"):
@@ -203,11 +230,11 @@ def results(op: Callable[..., Any], args: Sequence[Tensor]) -> tuple[Tensor, ...
     return (out,) if isinstance(out, Tensor) else out
 
 
-@pytest.mark.parametrize("path", ["reference", "triton"])
-def test_torch_knows_the_operations(path):
-    order = order_by_expert(routing(0, 4, 2, 3, 1.0), 3)
+@pytest.mark.parametrize(("path", "gaps"), [("reference", 0.0), ("triton", 0.0), ("triton", 0.5)])
+def test_torch_knows_the_operations(path, gaps):
+    order = ordered(with_gaps(routing(0, 4, 2, 3, 1.0), 0, gaps), 3)
     x, grad = numbers(4, 5, seed=1, dtype=torch.bfloat16), numbers(4, 5, seed=2, dtype=torch.bfloat16)
-    rows, gates = numbers(8, 5, seed=3, dtype=torch.bfloat16), numbers(4, 2, seed=4)
+    rows, gates = numbers(len(order.index), 5, seed=3, dtype=torch.bfloat16), numbers(4, 2, seed=4)
     places = order.index, order.inverse, order.slots
     calls = {
         "permute": (x, order.index, order.inverse),
@@ -217,9 +244,9 @@ def test_torch_knows_the_operations(path):
     }
     with kernels.use(path):
         for name, args in calls.items():
-            op = getattr(torch.ops.tangram, name)
+            op = partial(getattr(torch.ops.tangram, name), gaps=order.gaps)
             for real, empty in zip(results(op, args), results(op, [each.to("meta") for each in args]), strict=True):
                 assert (real.dtype, real.shape, real.stride()) == (empty.dtype, empty.shape, empty.stride())
             differentiable = not name.endswith("backward")
             leaves = [each.clone().requires_grad_(differentiable and each.is_floating_point()) for each in args]
-            torch.library.opcheck(op, leaves)
+            torch.library.opcheck(op.func, leaves, op.keywords)
