@@ -1,13 +1,16 @@
 """From an experiment to what a step works on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 
-from attrs import evolve
+import torch
+from attrs import evolve, field, frozen
 
 from tangram.core.context import BuildError, Parallel, built
+from tangram.core.contracts import Pipeline
 from tangram.core.executor import Executor
 from tangram.core.experiment import Experiment
+from tangram.core.layout import Layout
 from tangram.core.model import build_model
 from tangram.core.records import Progress
 from tangram.core.step import Trainer
@@ -16,26 +19,59 @@ MOST_STEPS, MOST_MICROBATCHES = 1_000_000, 100_000
 """Beyond which a number is a slip of the keyboard; DeepSeek-V3 took a quarter of the steps."""
 
 
-def assemble(experiment: Experiment) -> Trainer:
-    """Build everything a step works on.
+@frozen
+class Seat:
+    """Which process of a run this is.
+
+    Attributes:
+        rank: Its number.
+        ranks: How many there are.
+        device: Where it computes.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    device: torch.device = field(default=torch.device("cpu"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that speaks."""
+        return self.rank == 0
+
+
+ALONE = Seat()
+
+
+def assemble(experiment: Experiment, seat: Seat = ALONE, *, trains: bool = True) -> Trainer:
+    """Build everything that a rank's steps work on.
+
+    Args:
+        experiment: The resolved preset.
+        seat: Which rank this is.
+        trains: Whether it is to take steps; else this one process holds the whole model, whatever trained it.
 
     Raises:
         BuildError: A component refuses its surroundings; the message begins with its dotted path.
     """
-    train, parallel = experiment.train, Parallel()
+    train = experiment.train
     data = built("data", experiment.data.build, train, experiment.model.vocab_size)
-    model = build_model(experiment, train.seed, parallel=parallel)
-    sharding = built("parallel.sharding", experiment.parallel.sharding.build, parallel)
     pipeline = built("parallel.pipeline", experiment.parallel.pipeline.build)
-    parameters = sharding.attach(model)
+    layout = Layout()
+    if trains:
+        sequences = sequences_at(experiment, Progress(), data_ranks_of(experiment, seat.ranks))
+        layout = layout_of(experiment, pipeline, sequences, seat.rank, seat.ranks)
+    parallel = Parallel(layout=layout, device=seat.device)
+    model = build_model(experiment, train.seed, seat.device, parallel)
+    sharding = built("parallel.sharding", experiment.parallel.sharding.build, parallel)
+    parameters = built("parallel.sharding", sharding.attach, model)
     return Trainer(
         experiment=experiment,
         model=model,
         executor=Executor(
             model,
-            lambda microbatches: pipeline.schedule(1, microbatches),
+            lambda microbatches: pipeline.schedule(layout.pipeline_ranks, microbatches),
             train.micro_sequences,
-            parallel.weight_grads,
+            parallel,
             sharding.reduce,
         ),
         sharding=sharding,
@@ -43,45 +79,134 @@ def assemble(experiment: Experiment) -> Trainer:
         guard=built("guard", experiment.guard.build),
         data=data,
         progress=Progress(),
+        parallel=parallel,
     )
 
 
-def rehearse(experiment: Experiment) -> int:
-    """Build what surrounds the model, lay out every step, and return their number.
+def data_ranks_of(experiment: Experiment, ranks: int) -> int:
+    """Return how many of so many ranks see different data.
 
     Raises:
-        BuildError: A component refuses its surroundings, or a schedule a number of micro-batches.
+        BuildError: The ranks do not make whole pipelines, or whole groups of expert ranks.
     """
-    train = experiment.train
+    asked = experiment.parallel
+    data_ranks, rest = divmod(ranks, asked.pipeline_ranks)
+    if rest or not data_ranks:
+        raise BuildError("parallel.pipeline_ranks", f"{ranks} ranks do not make pipelines of {asked.pipeline_ranks}")
+    if data_ranks % asked.expert_ranks:
+        raise BuildError(
+            "parallel.expert_ranks",
+            f"{data_ranks} data ranks ({ranks} ranks in pipelines of {asked.pipeline_ranks}) do not make groups of "
+            f"{asked.expert_ranks} that share out experts",
+        )
+    return data_ranks
+
+
+def layout_of(experiment: Experiment, pipeline: Pipeline, sequences: int, rank: int, ranks: int) -> Layout:
+    """Return where a rank stands, by the plan for a step of so many sequences.
+
+    Raises:
+        BuildError: The ranks do not make whole pipelines, or the pipeline refuses the number of micro-batches.
+    """
+    data_ranks, asked = data_ranks_of(experiment, ranks), experiment.parallel
+    microbatches = sequences // (experiment.train.micro_sequences * data_ranks)
+    plan = built("parallel.pipeline", pipeline.schedule, asked.pipeline_ranks, microbatches)
+    return Layout(plan.place, data_ranks, asked.expert_ranks, rank)
+
+
+@frozen
+class Rehearsal:
+    """What a run would be.
+
+    Attributes:
+        steps: Number of steps.
+        ranks: Number of ranks.
+        least: Parameters of the rank that holds the fewest.
+        most: Parameters of the rank that holds the most.
+        remarks: What will not go well, in words.
+    """
+
+    steps: int
+    ranks: int
+    least: int
+    most: int
+    remarks: tuple[str, ...]
+
+
+def rehearse(experiment: Experiment, ranks: int | None = None) -> Rehearsal:
+    """Build what surrounds the model and what the first rank holds of it, and lay out every step.
+
+    Args:
+        experiment: The resolved preset.
+        ranks: The ranks of the run; by default the fewest that the preset can have.
+
+    Raises:
+        BuildError: A component refuses its surroundings, or the pipeline the last step's number of micro-batches.
+    """
+    train, asked = experiment.train, experiment.parallel
+    ranks = ranks or asked.pipeline_ranks * asked.expert_ranks
+    data_ranks = data_ranks_of(experiment, ranks)
     built("data", experiment.data.build, train, experiment.model.vocab_size)
     built("guard", experiment.guard.build)
     for name, observer in experiment.observers.items():
         built(f"observers.{name}", observer.build)
-    model = build_model(experiment, device="meta")
-    sharding = built("parallel.sharding", experiment.parallel.sharding.build, Parallel())
-    built("optimizer", experiment.optimizer.build, sharding.attach(model))
-    pipeline = built("parallel.pipeline", experiment.parallel.pipeline.build)
-    sizes, n_steps = set[int](), 0
-    for sequences in laid_out(experiment):
-        if sequences // train.micro_sequences > MOST_MICROBATCHES:
-            message = f"makes a step of more than {MOST_MICROBATCHES:,} micro-batches: raise train.micro_sequences"
-            raise BuildError("train.batch_sequences", message)
-        sizes.add(sequences // train.micro_sequences)
-        n_steps += 1
-    for microbatches in {min(sizes), max(sizes)}:
-        built("parallel.pipeline", pipeline.schedule, 1, microbatches)
-    return n_steps
+    pipeline = built("parallel.pipeline", asked.pipeline.build)
+    sizes = list(laid_out(experiment, data_ranks))
+    if max(sizes) // (train.micro_sequences * data_ranks) > MOST_MICROBATCHES:
+        message = f"makes a step of more than {MOST_MICROBATCHES:,} micro-batches: raise train.micro_sequences"
+        raise BuildError("train.batch_sequences", message)
+    parallel = Parallel(layout=layout_of(experiment, pipeline, sizes[-1], 0, ranks))
+    model = build_model(experiment, device="meta", parallel=parallel)
+    sharding = built("parallel.sharding", asked.sharding.build, parallel)
+    built("optimizer", experiment.optimizer.build, built("parallel.sharding", sharding.attach, model))
+    counts = [size // (train.micro_sequences * data_ranks) for size in sizes]
+    held = _held(experiment, parallel.layout)
+    remarks = tuple(_refused_steps(pipeline, asked.pipeline_ranks, counts))
+    return Rehearsal(len(sizes), ranks, min(held), max(held), remarks)
 
 
-def laid_out(experiment: Experiment) -> Iterator[int]:
-    """Yield the sequences of every step of a run, if none is skipped.
+def _held(experiment: Experiment, layout: Layout) -> list[int]:
+    """Return how many parameters each pipeline rank holds."""
+    everything = Layout(dict.fromkeys(layout.place, 0))
+    model = build_model(experiment, device="meta", parallel=Parallel(layout=everything))
+    held, shares = [0] * layout.pipeline_ranks, model.shares()
+    for address, parameter in model.named_parameters():
+        stages = model.stages_of(address)
+        for rank in {rank for (_, stage), rank in layout.place.items() if stage in stages}:
+            held[rank] += parameter.numel() // (layout.expert_ranks if address in shares else 1)
+    return held
+
+
+def _refused_steps(pipeline: Pipeline, ranks: int, microbatches: Sequence[int]) -> Iterator[str]:
+    """Say which steps the pipeline refuses for their number of micro-batches, though not the last one's."""
+    answers = {count: _refusal(pipeline, ranks, count) for count in set(microbatches)}
+    refused = [step for step, count in enumerate(microbatches, start=1) if answers[count]]
+    if refused:
+        few = microbatches[refused[0] - 1]
+        yield (
+            f"{len(refused):,} steps, the first of them step {refused[0]:,} with {few} micro-batches on a data rank, "
+            f"are refused: {answers[few]}; from step {refused[-1] + 1:,} all fit; raise train.batch_sequences, or "
+            "take fewer ranks"
+        )
+
+
+def _refusal(pipeline: Pipeline, ranks: int, microbatches: int) -> str:
+    try:
+        pipeline.schedule(ranks, microbatches)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def laid_out(experiment: Experiment, data_ranks: int = 1) -> Iterator[int]:
+    """Yield the sequences of every step of a run on so many data ranks, if none is skipped.
 
     Raises:
         BuildError: There are too many.
     """
     now, train = Progress(), experiment.train
     while now.tokens < train.tokens:
-        sequences = sequences_at(experiment, now)
+        sequences = sequences_at(experiment, now, data_ranks)
         tokens, n_steps = sequences * train.sequence_length, 1
         if train.batch_sequences.settled(now):  # all that are left are alike, and there may be many
             n_steps = -(-(train.tokens - now.tokens) // tokens)
@@ -92,14 +217,14 @@ def laid_out(experiment: Experiment) -> Iterator[int]:
         now = Progress(now.step + n_steps, now.tokens + n_steps * tokens, now.sequences + n_steps * sequences)
 
 
-def sequences_at(experiment: Experiment, now: Progress) -> int:
-    """Return the sequences of the step at `now`: the curve, rounded to a multiple of the micro-batch."""
-    micro = experiment.train.micro_sequences
-    return max(1, round(experiment.train.batch_sequences(now) / micro)) * micro
+def sequences_at(experiment: Experiment, now: Progress, data_ranks: int = 1) -> int:
+    """Return the sequences of the step at `now`: the curve, rounded to a micro-batch or more for each data rank."""
+    unit = experiment.train.micro_sequences * data_ranks
+    return max(1, round(experiment.train.batch_sequences(now) / unit)) * unit
 
 
-def past_skipped(experiment: Experiment, now: Progress) -> Progress:
+def past_skipped(experiment: Experiment, now: Progress, data_ranks: int = 1) -> Progress:
     """Return `now` with the cursor moved past batches that are not to be trained on; they count as no step."""
     while now.sequences in now.skipped:
-        now = evolve(now, sequences=now.sequences + sequences_at(experiment, now))
+        now = evolve(now, sequences=now.sequences + sequences_at(experiment, now, data_ranks))
     return now

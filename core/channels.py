@@ -1,46 +1,43 @@
 """Messages between the ranks of a pipeline, over torch.distributed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, distributed
 
+from tangram.core.context import Parallel
 from tangram.core.lowering import Message
+from tangram.core.plan import Slot
 
 
 class Channels:
     """Sends and receives hidden states and their gradients, none of which waits for another.
 
     Args:
-        shape: Shape of what is sent, [B, S, D].
+        shape: Shape of what is sent for a slot, [B, S, D].
         dtype: Its dtype.
-        device: Where it is received.
+        parallel: Which rank this is, and where it computes.
         stages: Stages of the plan, by which messages are numbered.
     """
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        stages: int,
+        self, shape: Callable[[Slot], tuple[int, ...]], dtype: torch.dtype, parallel: Parallel, stages: int
     ) -> None:
-        self._stages = stages
-        self._shape, self._dtype, self._device = tuple(shape), dtype, device
+        self._shape, self._dtype, self._parallel, self._stages = shape, dtype, parallel, stages
         self._coming: dict[Message, tuple[distributed.Work, Tensor]] = {}
         self._going: list[tuple[distributed.Work, Tensor]] = []
 
     def send(self, message: Message, tensor: Tensor) -> None:
         """Give a tensor to the network; it must not be written until `close`."""
         whole = tensor.detach().contiguous()
-        work = distributed.isend(whole, message.target, tag=self._tag(message))
+        work = distributed.isend(whole, self._parallel.layout.at(message.target), tag=self._tag(message))
         assert work is not None
         self._going.append((work, whole))
 
     def receive(self, message: Message) -> None:
         """Say where a message is to be put."""
-        room = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        work = distributed.irecv(room, message.source, tag=self._tag(message))
+        room = torch.empty(self._shape(message.slot), dtype=self._dtype, device=self._parallel.device)
+        work = distributed.irecv(room, self._parallel.layout.at(message.source), tag=self._tag(message))
         assert work is not None
         self._coming[message] = work, room
 

@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor, nn
 
 from tangram.core.contracts import State
+from tangram.core.parts import Parts, file_of, share_name
 
 MANIFEST = "MANIFEST.json"
 
@@ -35,12 +37,32 @@ class Found:
     refused: tuple[str, ...] = ()
 
 
+@frozen(eq=False)
+class Team:
+    """The ranks that write a checkpoint together.
+
+    Attributes:
+        rank: Which of them this is.
+        ranks: How many they are.
+        tell: Tells all what this one says, waits for the others, and returns what all said.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    tell: Callable[[list[str]], list[str]] = field(default=lambda said: said)
+
+    def meet(self, trouble: str) -> str:
+        """Wait for the others; return the first trouble that any had."""
+        return next((said for said in self.tell([trouble]) if said), "")
+
+
 def save(
     root: Path,
     step: int,
     files: Mapping[str, State],
     state: Mapping[str, object],
     stream: Callable[[Path], object] | None = None,
+    team: Team | None = None,
 ) -> Path:
     """Write `root/step-N` whole or not at all.
 
@@ -50,31 +72,50 @@ def save(
         files: Contents of each file, by name without suffix.
         state: What goes into state.json.
         stream: Writes further files into the folder that it is given: what is too large for a `State`.
+        team: The ranks that write it together, in a folder that all of them see.
 
     Raises:
-        CheckpointError: The disk is full, or refuses; earlier checkpoints are as they were.
+        CheckpointError: The disk is full, or refuses, for this rank or another; earlier checkpoints are as they were.
     """
-    from safetensors import SafetensorError
-
-    final = root / f"step-{step}"
+    final, team = root / f"step-{step}", team or Team()
     scratch = root / f".step-{step}.writing"
-    try:
+
+    def begin() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
+
+    def write() -> None:
         for name, content in files.items():
-            _write_state(scratch / f"{name}.safetensors", content)
+            if content or team.ranks == 1:
+                _write_state(scratch / f"{file_of(name, team.rank, team.ranks)}.safetensors", content)
         if stream is not None:
             stream(scratch)
+
+    def end() -> None:
         _write(scratch / "state.json", json.dumps(state, indent=1).encode())
         seal(scratch, step)
         _commit(scratch, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(
-            f"{final} could not be written: {why}; the checkpoints before it are whole: make room, then --resume"
-        ) from error
+
+    for part, alone in ((begin, True), (write, False), (end, True)):
+        trouble = team.meet("" if alone and team.rank else _trouble_with(part))
+        if trouble:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise CheckpointError(
+                f"{final} could not be written: {trouble}; the checkpoints before it are whole: make room, "
+                "then --resume"
+            )
     return final
+
+
+def _trouble_with(part: Callable[[], None]) -> str:
+    """Do a part of the writing; return what went wrong."""
+    from safetensors import SafetensorError
+
+    try:
+        part()
+    except (OSError, SafetensorError) as error:
+        return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ""
 
 
 def seal(folder: Path, step: int) -> None:
@@ -173,42 +214,99 @@ def read_state(path: Path) -> dict[str, object]:
     return dict(json.loads((path / "state.json").read_bytes()))
 
 
-def read_file(path: Path, name: str) -> dict[str, Tensor | int | float | str]:
-    """Return the content of one file by its name without suffix."""
-    from safetensors import safe_open
+def read_file(
+    path: Path, name: str, only: Container[str] | None = None, shares: Mapping[str, range] = MappingProxyType({})
+) -> dict[str, Tensor | int | float | str]:
+    """Return what was written under a name without suffix.
 
-    with safe_open(path / f"{name}.safetensors", framework="pt") as file:
-        content: dict[str, Tensor | int | float | str] = json.loads((file.metadata() or {}).get("values", "{}"))
-        content |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file is no mapping)
-        return content
-
-
-def load_model(path: Path, model: nn.Module) -> None:
-    """Load the weights and biases; names and shapes must agree exactly."""
-    state = {key: value for key, value in read_file(path, "model").items() if isinstance(value, Tensor)}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path / 'model.safetensors'} does not fit the experiment: {error}") from None
+    Args:
+        path: The checkpoint.
+        name: The name.
+        only: The tensors to read; by default all.
+        shares: The experts to read, for each tensor of which not all are wanted.
+    """
+    parts = Parts(path, name)
+    keys = [key for key in parts.keys() if only is None or key in only]  # noqa: SIM118 (no mapping)
+    return dict(parts.values) | {key: parts.read(key, shares.get(key)) for key in keys}
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, addresses: Mapping[nn.Parameter, str]) -> State:
-    """Return the optimizer's state under `address/key`."""
+def in_shares(state: State, owned: Container[str], shares: Mapping[str, range]) -> State:
+    """Return of a state by address what is `owned`; what is a share of the experts bears its name."""
+    return {share_name(key, shares[key]) if key in shares else key: v for key, v in state.items() if key in owned}
+
+
+def load_model(
+    path: Path, model: nn.Module, shares: Mapping[str, range] = MappingProxyType({}), *, whole: bool = True
+) -> None:
+    """Load the weights and biases that the model holds.
+
+    Args:
+        path: The checkpoint.
+        model: The model.
+        shares: The experts that it holds, for each address of which it holds not all.
+        whole: Whether it holds all stages.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    parts, held = Parts(path, "model"), model.state_dict()
+    there = {key: parts.shape(key) for key in parts.keys()}  # noqa: SIM118 (no mapping)
+    for key, tensor in held.items():
+        wanted = tensor.shape
+        if key in there and key in shares and shares[key].stop <= there[key][0]:
+            wanted = torch.Size([there[key][0], *tensor.shape[1:]])
+        if there.get(key) != wanted:
+            said = "is missing" if key not in there else f"has shape {list(there[key])}, not {list(wanted)}"
+            raise CheckpointError(f"{path}: the model does not fit the experiment: {key} {said}")
+    if whole and len(there) > len(held):
+        raise CheckpointError(f"{path}: the model does not fit the experiment: {min(there.keys() - held)} is too many")
+    with torch.no_grad():
+        for key, tensor in held.items():
+            tensor.copy_(parts.read(key, shares.get(key)))
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    addresses: Mapping[nn.Parameter, str],
+    shares: Mapping[str, range] = MappingProxyType({}),
+) -> State:
+    """Return the optimizer's state under `address/key`, of shares of experts under `address/key[from:to]`."""
     return {
-        f"{address}/{key}": value
+        _in_share(f"{address}/{key}", value, parameter, shares.get(address)): value
         for parameter, address in addresses.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Load the optimizer's state by address, in place of any that it has."""
-    optimizer.state.clear()
-    for name, value in read_file(path, "optimizer").items():
+def _in_share(key: str, value: object, parameter: nn.Parameter, experts: range | None) -> str:
+    if experts is None or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return key
+    return share_name(key, experts)
+
+
+def load_optimizer(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    shares: Mapping[str, range] = MappingProxyType({}),
+) -> None:
+    """Load the state of what the optimizer steps by address, in place of any that it has."""
+    stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    parts, state = Parts(path, "optimizer"), dict[Tensor, dict[str, object]]()
+    for name in (*parts.keys(), *parts.values):
         address, _, key = name.rpartition("/")
-        if address not in parameters:
-            raise CheckpointError(f"{path / 'optimizer.safetensors'}: no parameter {address} in the experiment")
-        optimizer.state[parameters[address]][key] = value
+        parameter = parameters.get(address)
+        if parameter is None or parameter not in stepped:
+            continue
+        if name in parts.values:
+            value: object = parts.values[name]
+        else:
+            per_expert = address in shares and len(parts.shape(name)) == parameter.ndim
+            value = parts.read(name, shares[address] if per_expert else None)
+            value = value.to(parameter.device) if value.ndim else value
+        state.setdefault(parameter, {})[key] = value
+    optimizer.state.clear()
+    optimizer.state.update(state)
 
 
 def _write_state(path: Path, content: State) -> None:

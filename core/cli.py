@@ -173,24 +173,32 @@ def schema(*, json_: Json = False, plugin: Files = ()) -> int:
 
 
 @app.command
-def check(preset: str, /, *overrides: Overrides, json_: Json = False, plugin: Files = ()) -> int:
-    """Check a preset: resolve it and build the whole experiment without weights.
+def check(
+    preset: str, /, *overrides: Overrides, ranks: int | None = None, json_: Json = False, plugin: Files = ()
+) -> int:
+    """Check a preset: resolve it, build the whole experiment without weights, and lay out its ranks and steps.
 
     Args:
         preset: Name or file.
+        ranks: Ranks to check it for; by default pipeline_ranks times expert_ranks.
     """
     from tangram.core.assembly import rehearse
     from tangram.core.measure import measure
 
     resolved = look_up(preset, overrides, plugin)
     measures = building(resolved, lambda: measure(resolved.experiment))
-    steps = building(resolved, lambda: rehearse(resolved.experiment))
+    found = building(resolved, lambda: rehearse(resolved.experiment, ranks))
     if json_:
-        return as_json({"name": resolved.experiment.name, "ok": True, "steps": steps} | measures.as_dict())
+        told = {"name": resolved.experiment.name, "ok": True, "ranks": found.ranks, "remarks": list(found.remarks)}
+        return as_json(told | {"steps": found.steps} | measures.as_dict())
     say(
         f"{resolved.experiment.name}: fine; {measures.parameters.total:,} parameters, "
-        f"{measures.parameters.active:,} active, {steps:,} steps"
+        f"{measures.parameters.active:,} active, {found.steps:,} steps"
     )
+    if found.ranks > 1:
+        say(f"{found.ranks:,} ranks, each with {found.least:,} to {found.most:,} parameters")
+    for remark in found.remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     return OK
 
 
@@ -226,6 +234,7 @@ def train(
     *overrides: Overrides,
     out: Path | None = None,
     resume: bool = False,
+    nproc: int = 1,
     plugin: Files = (),
 ) -> int:
     """Train a preset into a run directory.
@@ -234,31 +243,53 @@ def train(
         preset: Name or file.
         out: The run directory; by default runs/<name>-<hash>.
         resume: Go on from the newest checkpoint there.
+        nproc: Processes of this machine to train in, started again if one dies; across machines use torchrun.
     """
+    from tangram.core.assembly import data_ranks_of
     from tangram.core.contracts import NonFiniteError
     from tangram.core.interruption import RunInterruptedError
+    from tangram.core.launch import launch, leave, restarted, take_seat
+    from tangram.core.provenance import RUN_PRESET
     from tangram.core.run import directory_of, resumable
     from tangram.core.run import train as run
 
     resolved = look_up(preset, overrides, plugin)
     experiment, origins = resolved.experiment, resolved.origins
     directory, files = directory_of(experiment, out), (*plugin, *map(Path, experiment.plugins))
-    found = resumable(directory) if resume else None
-    if found is not None:
+    if nproc > 1:
+        building(resolved, lambda: data_ranks_of(experiment, nproc))
+        if (directory / RUN_PRESET).exists() and not resume:
+            return refuse(f"{directory} holds a run already; continue it with --resume or choose another --out")
+        flags = ["--out", str(directory), *(["--resume"] if resume else [])]
+        flags += [text for file in plugin for text in ("--plugin", str(file))]
+        return launch(["train", preset, *overrides, *flags], nproc)
+    seat = take_seat()
+    resume = resume or (restarted() and (directory / RUN_PRESET).exists())
+    found = resumable(directory) if resume and seat.leads else None
+    if not seat.leads:
+        pass
+    elif found is not None:
         refused = "".join(f"\n  passed over {why}" for why in found.refused)
         say(f"resuming from {found.path}, the newest checkpoint that is whole{refused}")
     elif resume:
         say(f"{directory} has no checkpoint yet: starting from the first step")
     try:
-        outcome = building(resolved, lambda: run(experiment, directory, resume=found or resume, origins=origins))
+        outcome = building(
+            resolved, lambda: run(experiment, directory, resume=found or resume, origins=origins, seat=seat)
+        )
     except RunInterruptedError as error:
-        print(error, file=sys.stderr)
-        return STOPPED
+        if seat.leads:
+            print(error, file=sys.stderr)
+        return leave(STOPPED)
     except NonFiniteError as error:
-        _draw(directory, files)
-        return fail(f"stopped before the update of {error}")
+        if seat.leads:
+            _draw(directory, files)
+            fail(f"stopped before the update of {error}")
+        return leave(FAILED)
     except OSError as error:
-        return fail(f"the run could not go on: {error}; --resume goes on from its last checkpoint")
+        return leave(fail(f"the run could not go on: {error}; --resume goes on from its last checkpoint"))
+    if not seat.leads:
+        return OK
     _draw(directory, files)
     print_outcome(outcome)
     if outcome.dead:
@@ -319,8 +350,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if known is None:
             raise
         print(error, file=sys.stderr)
-        sys.exit(known)
+        sys.exit(_parted(known))
     sys.exit(code if isinstance(code, int) else OK)
+
+
+def _parted(code: int) -> int:
+    """Return the code; a rank that alone fails does not leave the others waiting."""
+    if "WORLD_SIZE" not in os.environ:
+        return code
+    from tangram.core.launch import leave
+
+    return leave(code)
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
+import torch
 from attrs import evolve, field, frozen
 from torch import nn
 
@@ -36,11 +37,13 @@ class Parallel:
         weight_grads: The rank's queue of weight gradients.
         layout: The ranks of the run, and which of them this is.
         groups: The groups of processes that this rank talks in.
+        device: Where this rank computes.
     """
 
     weight_grads: WeightGrads = field(factory=WeightGrads)
     layout: Layout = field(factory=Layout)
     groups: Groups = field(factory=Groups)
+    device: torch.device = field(default=torch.device("cpu"))
 
 
 @frozen(eq=False, kw_only=True)

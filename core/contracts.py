@@ -7,7 +7,7 @@ Letters: B sequences, S positions, D model, H heads, E experts, K experts per to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -277,6 +277,9 @@ class TokenObjective(nn.Module, ABC):
     curve: Curve
     """Weight over the run."""
 
+    embeds: bool = False
+    """Whether it reads the embedding: then the last stage holds it too."""
+
     def weight(self, now: Progress) -> float:
         """Return the gradient put on this loss; reports are unweighted."""
         return self.curve(now)
@@ -346,9 +349,10 @@ class Precision(Protocol):
         ...
 
     def grouped_linear(self, ctx: "Context", n: int, d_in: int, d_out: int, *, input: Input = "plain") -> nn.Module:
-        """Return `n` linears (the whole model's experts), (rows [M, d_in], counts [n]) -> [M, d_out].
+        """Return this rank's share of `n` linears (the whole model's experts), (rows [M, d_in], counts) -> [M, d_out].
 
-        Their parameter is `weight` [n, d_out, d_in], and the module says so: `axis = "expert"`.
+        Their parameter is `weight` [share, d_out, d_in], and the module says so: `axis = "expert"`, and in `experts`
+        which they are: `ctx.parallel.layout.share(n)`.
         """
         ...
 
@@ -382,6 +386,10 @@ class Sharding(Protocol):
 
     def attach(self, model: "Model") -> Sequence[tuple[str, nn.Parameter]]:
         """Return what the optimizer steps, with addresses."""
+        ...
+
+    def owned(self) -> Collection[str]:
+        """Return the addresses that this rank writes into checkpoints; every one is owned by one rank."""
         ...
 
     def reduce(self) -> None:

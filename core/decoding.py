@@ -21,12 +21,13 @@ def generate(model: Model, prompt: Tensor, count: int, *, temperature: float = 0
     """
     batch, length = prompt.shape
     caches = [block.attention.new_cache(batch, length + count) for _, block in model.trunk()]
+    shared = model.shared
     stream = torch.Generator(prompt.device).manual_seed(seed)
     tokens, made = prompt, []
     for start in [0, *range(length, length + count - 1)]:
         positions = torch.arange(start, start + tokens.shape[1], device=prompt.device).expand_as(tokens)
         carry = model(Batch(tokens, None, positions, torch.zeros_like(tokens), 0, batch), Progress(), caches)
-        logits = model.head(model.norm(carry.trunk[:, -1:]))[:, -1]
+        logits = shared.head(shared.norm(carry.trunk[:, -1:]))[:, -1]
         if temperature > 0:
             tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=stream)
         else:
@@ -37,7 +38,8 @@ def generate(model: Model, prompt: Tensor, count: int, *, temperature: float = 0
 
 def sample(model: Model, tokenizer: Tokenizer, prompt: str, count: int, *, temperature: float, seed: int) -> str:
     """Return `prompt` and its continuation by `count` tokens, up to the end of the document."""
-    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]])
+    device = next(model.parameters()).device
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]], device=device)
     made = generate(model, ids, count, temperature=temperature, seed=seed)[0].tolist()
     if tokenizer.eos in made:
         made = made[: made.index(tokenizer.eos)]

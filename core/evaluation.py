@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from tangram.core.context import Parallel
 from tangram.core.contracts import Measured
 from tangram.core.executor import Executor
 from tangram.core.model import Model
@@ -23,18 +23,26 @@ def evaluate(run: Trainer, limit: int | None = None) -> EvalReport | None:
     if held_out is None:
         return None
     micro = run.experiment.train.micro_sequences
-    executor = Executor(run.model, forward_only, micro, Parallel().weight_grads, lambda: None)
+    layout = run.parallel.layout
+    executor = Executor(run.model, partial(forward_only, layout.place), micro, run.parallel, lambda: None)
     nats: dict[str, float] = {}
     targets, size = 0, 0
-    batches = held_out.batches(micro)
+    at_once = micro * layout.data_ranks
+    batches = held_out.batches(at_once)
     measures: dict[str, dict[int, float]] = {}
-    for batch, n_bytes in batches if limit is None else islice(batches, math.ceil(limit / micro)):
+    for batch, n_bytes in batches if limit is None else islice(batches, math.ceil(limit / at_once)):
         with nullcontext() if targets else _measured(run.model, measures):
             result = executor.run(batch, run.progress)
         for name, loss in result.losses.items():
             nats[name] = nats.get(name, 0.0) + loss * batch.n_targets
         targets, size = targets + batch.n_targets, size + n_bytes
-    losses = {name: value / targets for name, value in nats.items() if name in run.model.objectives}
+    everyone = range(layout.ranks)
+    for name, layer, value in run.parallel.groups.gather(
+        [(name, layer, value) for name, layers in measures.items() for layer, value in layers.items()], everyone
+    ):
+        layers = measures.setdefault(name, {})
+        layers[layer] = max(value, layers.get(layer, value))
+    losses = {name: value / targets for name, value in nats.items() if name in run.model.on_tokens}
     bits = nats["next_token"] / math.log(2) / size if "next_token" in nats and size else None
     complete = size == held_out.n_bytes
     return EvalReport(run.progress, losses, bits, targets, size, complete, measures)

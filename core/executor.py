@@ -6,10 +6,10 @@ from typing import Protocol
 
 import torch
 from attrs import define, evolve, field
-from torch import Tensor, distributed
+from torch import Tensor
 
-from tangram.core.autograd import WeightGrads
 from tangram.core.channels import Channels
+from tangram.core.context import Parallel
 from tangram.core.lowering import Instruction, Lowered, Receive, Reduce, Send, check, lower, needed
 from tangram.core.plan import Action, Op, Plan, Slot, validate
 from tangram.core.records import Batch, Carry, Phase, Progress, Result
@@ -63,9 +63,8 @@ class Executor:
         program: What is run.
         plans: The plan for a number of micro-batches.
         micro_sequences: Sequences of a micro-batch.
-        weight_grads: Where weight gradients wait.
+        parallel: Which rank this is, and where its weight gradients wait.
         reduce: Sums the gradients over all who hold them.
-        rank: Which rank of the plan this process is; others run in the same default group of processes.
     """
 
     def __init__(
@@ -73,13 +72,12 @@ class Executor:
         program: Program,
         plans: Callable[[int], Plan],
         micro_sequences: int,
-        weight_grads: WeightGrads,
+        parallel: Parallel,
         reduce: Callable[[], None],
-        rank: int = 0,
     ) -> None:
-        self.program, self.micro_sequences, self.rank = program, micro_sequences, rank
+        self.program, self.micro_sequences, self.parallel = program, micro_sequences, parallel
         self._plans, self._checked = plans, dict[int, Lowered]()
-        self._weight_grads, self._reduce = weight_grads, reduce
+        self._reduce = reduce
 
     def lowered(self, microbatches: int) -> Lowered:
         """Return what every rank does for so many micro-batches, checked once."""
@@ -88,28 +86,39 @@ class Executor:
             validate(plan)
             if plan.stages != self.program.n_stages:
                 raise ValueError(f"the plan has {plan.stages} stages and the program {self.program.n_stages}")
+            if any(self.parallel.layout.place.get(at) != rank for at, rank in plan.place.items()):
+                raise ValueError("the plan places a stage where the layout does not")
             self._checked[microbatches] = lower(plan)
             check(self._checked[microbatches])
         return self._checked[microbatches]
 
     def run(self, batch: Batch, now: Progress) -> Result:
-        """Work the whole batch; gradients are left in the parameters, reduced.
+        """Work this rank's part of the global batch; gradients are left in the parameters, reduced.
 
-        The last micro-batch of an evaluation may be smaller; a plan that trains wants equal ones.
+        Each data rank takes as many micro-batches, of consecutive rows; where an evaluation's do not suffice, the last
+        ones are smaller or empty.
         """
-        count = -(-len(batch.tokens) // self.micro_sequences)
+        layout = self.parallel.layout
+        count = -(-len(batch.tokens) // (self.micro_sequences * layout.data_ranks))
+        first = layout.data_rank * count * self.micro_sequences
         lowered = self.lowered(count)
         plan = lowered.plan
         with nullcontext() if plan.trains else torch.no_grad():
-            step = _Step(self.program, plan, batch, now, self._weight_grads, self.micro_sequences)
-            shape = (self.micro_sequences, batch.tokens.shape[1], self.program.dim)
-            channels = Channels(shape, self.program.compute, batch.tokens.device, plan.stages)
-            for instruction in lowered.ranks[self.rank]:
+            mine = batch.rows(first, first + count * self.micro_sequences).to(self.parallel.device)
+            step = _Step(self.program, plan, mine, now, self.parallel, self.micro_sequences)
+            channels = Channels(self._shape_of(step), self.program.compute, self.parallel, plan.stages)
+            for instruction in lowered.ranks[layout.pipeline_rank]:
                 self._follow(instruction, step, channels)
             channels.close()
         if plan.trains:
             self._reduce()
         return step.result()
+
+    def _shape_of(self, step: "_Step") -> Callable[[Slot], tuple[int, int, int]]:
+        def shape(slot: Slot) -> tuple[int, int, int]:
+            return *step.micro(slot).tokens.shape, self.program.dim
+
+        return shape
 
     def _follow(self, instruction: Instruction, step: "_Step", channels: Channels) -> None:
         match instruction:
@@ -118,7 +127,7 @@ class Executor:
             case Receive(message):
                 channels.receive(message)
             case Action():
-                for message in needed(step.plan, self.rank, instruction):
+                for message in needed(step.plan, self.parallel.layout.pipeline_rank, instruction):
                     step.waiting(message.backward)[message.slot] = channels.take(message)
                 step.do(instruction)
             case Reduce():
@@ -134,11 +143,11 @@ class _Step:
         plan: Plan,
         batch: Batch,
         now: Progress,
-        weight_grads: WeightGrads,
+        parallel: Parallel,
         micro_sequences: int,
     ) -> None:
         self.program, self.plan, self.batch, self.now = program, plan, batch, now
-        self.weight_grads, self.micro_sequences = weight_grads, micro_sequences
+        self.parallel, self.micro_sequences = parallel, micro_sequences
         self.weights = program.weights(now)
         self.live: dict[Slot, _Live] = {}
         self.outputs: dict[Slot, Tensor] = {}  # hidden states on their way to the next stage
@@ -158,7 +167,7 @@ class _Step:
             case Op.BACKWARD:
                 self._backward(action.slot)
             case Op.INPUT_BACKWARD:
-                with self.weight_grads.deferred() as pending:
+                with self.parallel.weight_grads.deferred() as pending:
                     live = self._backward(action.slot)
                 live.pending = pending
                 self.live[action.slot] = live
@@ -169,9 +178,10 @@ class _Step:
                 for part in action.parts:
                     self.do(part)
 
-    def _micro(self, slot: Slot) -> Batch:
+    def micro(self, slot: Slot) -> Batch:
+        """Return the micro-batch of a slot."""
         start = self.plan.index(slot) * self.micro_sequences
-        return self.batch.rows(start, min(start + self.micro_sequences, len(self.batch.tokens)))
+        return self.batch.rows(start, start + self.micro_sequences)
 
     def _forward(self, slot: Slot) -> None:
         entry = None
@@ -179,7 +189,7 @@ class _Step:
             entry = self.outputs.pop(slot).detach()
             entry.requires_grad_(torch.is_grad_enabled())
         carry = Carry(hidden=entry)
-        for phase in self.program.phases(slot.stage, self._micro(slot), self.now):
+        for phase in self.program.phases(slot.stage, self.micro(slot), self.now):
             carry = phase.fn(carry)
         for layer, stats in carry.stats:
             counts = stats.load.sum(0)
@@ -217,21 +227,13 @@ class _Step:
         """Return the losses and loads of the step, of all ranks."""
         names = sorted(self.weights)
         nothing = [torch.zeros((), device=self.load.device)]
-        sums = [torch.stack(self.losses.get(name, nothing)).double().sum() for name in names]
-        load, counted = self.load, [torch.tensor(name in self.losses, device=self.load.device) for name in names]
-        if self.plan.ranks > 1:
-            # Counts are exact in float64 up to 2^53: one message for all.
-            sums, counted, load = _summed(sums, counted, load)
-        # One read for the whole step: each one waits for the device.
-        values = torch.stack([*sums, *(each.double() for each in counted)]).tolist() if names else []
+        found = [torch.stack(self.losses.get(name, nothing)).double().sum() for name in names]
+        found += [torch.tensor(float(name in self.losses), device=self.load.device) for name in names]
+        # Counts are exact in float64 up to 2^53: one message for all.
+        whole = torch.cat([each.double().view(1) for each in found] + [self.load.double().flatten()])
+        self.parallel.groups.sum(whole, range(self.parallel.layout.ranks))
+        load = whole[len(found) :].to(torch.int64).view_as(self.load)
+        values = whole[: len(found)].tolist()  # one read for the whole step: each one waits for the device
         losses = {name: value for name, value, some in zip(names, values, values[len(names) :], strict=False) if some}
         total = sum(self.weights[name] * value for name, value in losses.items())
         return Result(losses=losses, total=total, load=load, peak_live=self.peak)
-
-
-def _summed(sums: list[Tensor], counted: list[Tensor], load: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Return losses, whether there were any, and loads, all summed over the ranks."""
-    n = len(sums)
-    whole = torch.cat([torch.stack([*sums, *(each.double() for each in counted)]), load.double().flatten()])
-    distributed.all_reduce(whole)
-    return list(whole[:n]), list(whole[n : 2 * n]), whole[2 * n :].to(torch.int64).view_as(load)

@@ -130,10 +130,15 @@ class ParallelConfig:
 
     Attributes:
         pipeline: The order of the work.
+        pipeline_ranks: Ranks that share out the layers.
+        expert_ranks: Ranks with the same layers that share out the experts of each; the data ranks, which are all
+            ranks divided by the pipeline's, are a multiple of it.
         sharding: Who keeps which parameter.
     """
 
     pipeline: PipelineConfig
+    pipeline_ranks: int = field(default=1, validator=gt(0))
+    expert_ranks: int = field(default=1, validator=gt(0))
     sharding: ShardingConfig
 
 

@@ -19,11 +19,12 @@ from tangram.core.deepseek_format import SCALE, Piece, Shape, pieces, shape_of, 
 from tangram.core.experiment import Experiment
 from tangram.core.liveness import Liveness
 from tangram.core.model import build_model
-from tangram.core.presets import digest, dump, load_preset, to_yaml
+from tangram.core.parts import PartsReader
+from tangram.core.presets import digest_anywhere, dump, load_preset, to_yaml
 from tangram.core.process import versions
 from tangram.core.provenance import RUN_PRESET, tell_changes
 from tangram.core.records import Progress
-from tangram.core.tensor_file import Spec, TensorReader, TensorWriter
+from tangram.core.tensor_file import Spec, TensorWriter
 from tangram.core.tokenizer_files import FILE as TOKENIZER
 from tangram.core.tokenizer_files import token_ids, write_json, write_tokenizer
 from tangram.core.weight_folder import INDEX, InterchangeError, WeightFolder, batches, read_json
@@ -127,7 +128,7 @@ def export(
     if found is None:
         raise InterchangeError(f"{run} has no checkpoint yet")
     tokenizer = built("data", experiment.data.build, experiment.train, experiment.model.vocab_size).tokenizer
-    with _filling(folder), TensorReader(found.path / "model.safetensors") as source:
+    with _filling(folder), PartsReader(found.path, "model") as source:
         wanted = pieces(shape)
         _check_source(source, wanted)
         files = _write_shards(source, wanted, folder, shard_bytes, fp8)
@@ -137,7 +138,7 @@ def export(
     return Written(found.step, files, numbers, tokenizer is not None)
 
 
-def _check_source(source: TensorReader, wanted: Sequence[Piece]) -> None:
+def _check_source(source: PartsReader, wanted: Sequence[Piece]) -> None:
     """Refuse weights that are not exactly those that the pieces are made of."""
     sizes: dict[str, int] = {}
     for piece in wanted:
@@ -150,7 +151,7 @@ def _check_source(source: TensorReader, wanted: Sequence[Piece]) -> None:
         raise InterchangeError(f"{source.path}: {wrong[0]} has {counts}")
 
 
-def _specs(source: TensorReader, piece: Piece, fp8: bool) -> dict[str, Spec]:
+def _specs(source: PartsReader, piece: Piece, fp8: bool) -> dict[str, Spec]:
     """Return the tensors that a piece is in a file."""
     if fp8 and piece.quantised:
         blocks = tuple(-(-size // BLOCK) for size in piece.shape)
@@ -160,7 +161,7 @@ def _specs(source: TensorReader, piece: Piece, fp8: bool) -> dict[str, Spec]:
     return {piece.name: Spec(dtype, piece.shape)}
 
 
-def _write_shards(source: TensorReader, wanted: Sequence[Piece], folder: Path, most: int, fp8: bool) -> int:
+def _write_shards(source: PartsReader, wanted: Sequence[Piece], folder: Path, most: int, fp8: bool) -> int:
     shards, sizes = list[list[Piece]](), list[int]()
     for piece in wanted:
         size = sum(spec.nbytes for spec in _specs(source, piece, fp8).values())
@@ -184,7 +185,7 @@ def _write_shards(source: TensorReader, wanted: Sequence[Piece], folder: Path, m
     return len(shards)
 
 
-def _write_piece(source: TensorReader, piece: Piece, file: TensorWriter, fp8: bool) -> None:
+def _write_piece(source: PartsReader, piece: Piece, file: TensorWriter, fp8: bool) -> None:
     whole = Spec(torch.float32, piece.shape)
     if piece.address is None:
         file.write(piece.name, torch.zeros(piece.shape))
@@ -291,7 +292,7 @@ def _write_run(out: Path, experiment: Experiment, weights: WeightFolder, wanted:
     state = {
         "progress": asdict(Progress()),
         "seconds": 0.0,
-        "experiment": digest(experiment),
+        "experiment": digest_anywhere(experiment),
         "data": data.fingerprint,
         "liveness": asdict(_liveness(weights, wanted)),
         "versions": versions(),

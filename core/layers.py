@@ -64,12 +64,13 @@ class GroupedLinear(nn.Module):
     """One linear for each expert, computed in the dtype of its input; its weight gradient can wait."""
 
     axis = "expert"
-    """The first dimension of the weight counts experts: a rank may hold a slice of it."""
+    """The first dimension of the weight counts experts: this rank holds its share of all `n`."""
 
     def __init__(self, ctx: "Context", n: int, d_in: int, d_out: int) -> None:
         super().__init__()
         self.init_std, self.weight_grads = ctx.init_std, ctx.parallel.weight_grads
-        self.weight = nn.Parameter(torch.empty(n, d_out, d_in, dtype=ctx.precision.master))
+        self.experts = ctx.parallel.layout.share(n)
+        self.weight = nn.Parameter(torch.empty(len(self.experts), d_out, d_in, dtype=ctx.precision.master))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,7 +79,7 @@ class GroupedLinear(nn.Module):
             return
         seed = int(torch.randint(2**62, ()))  # drawn, so that two modules built in a row differ
         with torch.no_grad():
-            for expert, weight in enumerate(self.weight):
+            for expert, weight in zip(self.experts, self.weight, strict=True):
                 stream = torch.Generator(weight.device).manual_seed((seed + 0x9E3779B97F4A7C15 * expert) % 2**63)
                 weight.normal_(std=self.init_std, generator=stream)
 

@@ -1,7 +1,7 @@
 """Did each named piece do anything? Two well-known systems shipped DeepSeek-V3 with one of them silently off."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -55,11 +55,15 @@ class Liveness:
     start: dict[str, list[float]] = field(factory=dict)
     load: dict[str, list[int]] = field(factory=dict)
 
-    def begin(self, model: Model) -> None:
-        """Remember the expert biases that the run starts with."""
-        self.start = {str(layer): bias.tolist() for layer, bias in model.biases().items()}
-        routed = {layer: part.n_experts for layer, part in enumerate(model.feedforwards()) if part.n_experts}
-        self.load = {str(layer): [0] * n_experts for layer, n_experts in routed.items()}
+    def begin(self, experts: Sequence[int], biases: Mapping[int, list[float]]) -> None:
+        """Remember what the run starts with.
+
+        Args:
+            experts: Routed experts of each layer; 0 where there is no router.
+            biases: The expert biases of each layer whose balancer moves them.
+        """
+        self.start = {str(layer): biases[layer] for layer in sorted(biases)}
+        self.load = {str(layer): [0] * n_experts for layer, n_experts in enumerate(experts) if n_experts}
 
     def observe(self, report: StepReport, weights: Mapping[str, float]) -> None:
         """Take in one step."""
@@ -83,13 +87,16 @@ class Liveness:
     def judge(self, model: Model, batch: Batch, now: Progress) -> list[Piece]:
         """Return what became of each objective and balancer; `batch` is a micro-batch to take gradients on."""
         if self.steps < MIN_STEPS:
-            why = f"{self.steps} steps are too few to tell; {MIN_STEPS} are needed"
-            names = [f"objectives.{name}" for name in model.weights(now)]
-            return [Piece(name, None, why) for name in names + [self._balancer(layer) for layer in self.start]]
+            return self.unjudged(model, now, f"{self.steps} steps are too few to tell; {MIN_STEPS} are needed")
         gradients = objective_gradients(model, batch, now)
         token = {name for name, _ in model.token_objectives()}
         pieces = [self._objective(name, gradients.get(name), name in token) for name in model.weights(now)]
         return pieces + [self._balance(str(layer), bias.tolist()) for layer, bias in model.biases().items()]
+
+    def unjudged(self, model: Model, now: Progress, why: str) -> list[Piece]:
+        """Return that nothing can be said of any piece, and why."""
+        names = [f"objectives.{name}" for name in model.weights(now)]
+        return [Piece(name, None, why) for name in names + [self._balancer(layer) for layer in self.start]]
 
     def _objective(self, name: str, gradient: float | None, token: bool) -> Piece:
         path = f"objectives.{name}"

@@ -72,7 +72,7 @@ def measure(experiment: Experiment) -> Measures:
 
 def _parameters(model: Model) -> Parameters:
     blocks = [block for _, block in model.trunk()]
-    embedding, head, owned = count(model.embedding), count(model.head), count(model.objectives)
+    embedding, head, owned = count(model.shared.embedding), count(model.shared.head), count(model.objectives)
     total = count(model) - owned
     idle = sum(count(block.feedforward) - block.feedforward.active_parameters() for block in blocks)
     return Parameters(

@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks, norm and head, and the objectives that read the trunk."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from attrs import evolve
@@ -12,7 +12,7 @@ from tangram.core.block import Block
 from tangram.core.context import Context, Parallel, built
 from tangram.core.contracts import Cache, FeedForward, RoutingObjective, Shared, TokenObjective
 from tangram.core.experiment import Experiment
-from tangram.core.layers import OutputHead, TokenEmbedding, norm
+from tangram.core.layers import OutputHead, RMSNorm, TokenEmbedding, norm
 from tangram.core.plan import split
 from tangram.core.records import Batch, Carry, Loss, Phase, Progress
 
@@ -20,21 +20,26 @@ from tangram.core.records import Batch, Carry, Loss, Phase, Progress
 class Model(nn.Module):
     """A `Program` of stages of consecutive blocks, the first with the embedding and the last with the objectives.
 
-    Addresses of parameters are those of the whole model (`blocks.7.attention...`), whatever the stages.
+    It holds the stages, and of the experts the share, that the layout gives this rank. Addresses of parameters are
+    those of the whole model (`blocks.7.attention...`), whatever the layout.
 
     Args:
         experiment: The resolved preset.
         parallel: Where the work runs.
-        n_stages: Slices of the layers; differences of one layer are on the first ones.
+
+    Attributes:
+        experts: Routed experts of every layer of the whole model; 0 where there is no router.
+        on_tokens: Names of the losses on tokens of the whole model.
 
     Raises:
         ValueError: There are more stages than layers.
     """
 
-    def __init__(self, experiment: Experiment, parallel: Parallel, n_stages: int = 1) -> None:
+    def __init__(self, experiment: Experiment, parallel: Parallel) -> None:
         super().__init__()
-        config = experiment.model
-        self.n_stages, self._layers = n_stages, split(config.n_layers, n_stages)
+        config, layout = experiment.model, parallel.layout
+        self.n_stages = layout.n_stages
+        self._layers = split(config.n_layers, self.n_stages)
         self.dim = config.dim
         self.n_layers, self.recompute = config.n_layers, Recompute(config.recompute)
         ctx = Context(
@@ -47,15 +52,15 @@ class Model(nn.Module):
             parallel=parallel,
         )
         self.compute = ctx.precision.compute
-        self.embedding = TokenEmbedding(ctx, config.vocab_size)
+        self.embedding: TokenEmbedding | None = TokenEmbedding(ctx, config.vocab_size)
         layer = 0
         self.blocks = nn.ModuleDict()
         for number, group in enumerate(config.blocks):
             for _ in range(group.repeat):
                 self.blocks[str(layer)] = built(f"model.blocks.{number}", Block, group.block, ctx.at(layer))
                 layer += 1
-        self.norm = norm(ctx, config.dim)
-        self.head = OutputHead(ctx, config.vocab_size)
+        self.norm: RMSNorm | None = norm(ctx, config.dim)
+        self.head: OutputHead | None = OutputHead(ctx, config.vocab_size)
         self.objectives = nn.ModuleDict()
         self.routing_objectives: dict[str, RoutingObjective] = {}
         for name, wanted in experiment.objectives.items():
@@ -65,6 +70,43 @@ class Model(nn.Module):
                 layer += len(objective.feedforwards())
             else:
                 self.routing_objectives[name] = objective
+        self.experts = tuple(feedforward.n_experts for feedforward in self.feedforwards().values())
+        self.on_tokens = tuple(self.objectives)
+        self._weights = {name: objective.weight for name, objective in self.token_objectives()}
+        self._weights |= {name: objective.weight for name, objective in self.routing_objectives.items()}
+        embeds = any(objective.embeds for _, objective in self.token_objectives())
+        self._embedding_stages = frozenset({0, self.n_stages - 1} if embeds else {0})
+        self._keep(layout.stages)
+
+    def _keep(self, stages: Collection[int]) -> None:
+        """Let go of what these stages do not use."""
+        for layer, _ in list(self.trunk()):
+            if self._stage(layer) not in stages:
+                del self.blocks[str(layer)]
+        if not self._embedding_stages & set(stages):
+            self.embedding = None
+        if self.n_stages - 1 not in stages:
+            self.norm = self.head = None
+            self.objectives = nn.ModuleDict()
+
+    def _stage(self, layer: int) -> int:
+        return next(stage for stage, layers in enumerate(self._layers) if layer in layers)
+
+    def stages_of(self, address: str) -> frozenset[int]:
+        """Return the stages that use the parameter of an address: more than one where it is tied."""
+        part, _, rest = address.partition(".")
+        if part == "blocks":
+            return frozenset({self._stage(int(rest.partition(".")[0]))})
+        return self._embedding_stages if part == "embedding" else frozenset({self.n_stages - 1})
+
+    def shares(self) -> dict[str, range]:
+        """Return which experts this rank holds, for each address of a parameter that belongs to experts."""
+        return {
+            f"{address}.{name}": module.experts
+            for address, module in self.named_modules()
+            if getattr(module, "axis", "") == "expert"
+            for name, _ in module.named_parameters(recurse=False)
+        }
 
     def token_objectives(self) -> Iterator[tuple[str, TokenObjective]]:
         """Yield the losses on tokens, by name."""
@@ -78,32 +120,32 @@ class Model(nn.Module):
             assert isinstance(block, Block)
             yield int(layer), block
 
-    def feedforwards(self) -> list[FeedForward]:
-        """Return every feed-forward by layer: the trunk's, then those that objectives own."""
+    def feedforwards(self) -> dict[int, FeedForward]:
+        """Return every feed-forward that is held here by layer: the trunk's, then those that objectives own."""
         owned = [feedforward for _, objective in self.token_objectives() for feedforward in objective.feedforwards()]
-        return [block.feedforward for _, block in self.trunk()] + owned
+        held = {layer: block.feedforward for layer, block in self.trunk()}
+        return held | dict(enumerate(owned, start=self.n_layers))
 
     @property
     def shared(self) -> Shared:
         """What token objectives borrow."""
+        assert self.embedding is not None and self.norm is not None and self.head is not None
         return Shared(self.embedding, self.norm, self.head)
 
     @property
     def load_shape(self) -> tuple[int, int]:
         """Layers (with those of the objectives) and the largest number of experts."""
-        feedforwards = self.feedforwards()
-        return len(feedforwards), max(feedforward.n_experts for feedforward in feedforwards)
+        return len(self.experts), max(self.experts)
 
     def weights(self, now: Progress) -> Mapping[str, float]:
-        """Return each loss's weight at `now`."""
-        token = {name: objective.weight(now) for name, objective in self.token_objectives()}
-        return token | {name: objective.weight(now) for name, objective in self.routing_objectives.items()}
+        """Return each loss's weight at `now`, wherever it is computed."""
+        return {name: weight(now) for name, weight in self._weights.items()}
 
     def phases(self, stage: int, batch: Batch, now: Progress, caches: Sequence[Cache] | None = None) -> list[Phase]:
         """Return the forward of a stage as phases; without targets the last one ends with the trunk, for decoding."""
         phases: list[Phase] = []
         if stage == 0:
-            phases.append(Phase("embed", "compute", lambda carry: evolve(carry, hidden=self.embedding(batch.tokens))))
+            phases.append(Phase("embed", "compute", self._embed(batch.tokens)))
         for layer, block in self.trunk():
             if layer in self._layers[stage]:
                 phases += block.phases(batch.positions, batch.segments, caches[layer] if caches else None)
@@ -119,6 +161,11 @@ class Model(nn.Module):
             if named:
                 phases.append(Phase("routing", "compute", _routing(named, batch)))
         return [phase._replace(fn=self._scoped(phase.fn)) for phase in phases]
+
+    def _embed(self, tokens: Tensor) -> Callable[[Carry], Carry]:
+        embedding = self.embedding
+        assert embedding is not None
+        return lambda carry: evolve(carry, hidden=embedding(tokens))
 
     def _scoped(self, fn: Callable[[Carry], Carry]) -> Callable[[Carry], Carry]:
         def run(carry: Carry) -> Carry:
@@ -141,17 +188,18 @@ class Model(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
         trunk = self(batch, Progress()).trunk
-        return self.head(self.norm(trunk))
+        shared = self.shared
+        return shared.head(shared.norm(trunk))
 
     def rebalance(self, load: Tensor, now: Progress) -> None:
         """Move the expert biases, given the global load int64 [layers, E]."""
-        for feedforward, counts in zip(self.feedforwards(), load, strict=True):
+        for layer, feedforward in self.feedforwards().items():
             if feedforward.n_experts:
-                feedforward.rebalance(counts[: feedforward.n_experts], now)
+                feedforward.rebalance(load[layer, : feedforward.n_experts], now)
 
     def biases(self) -> dict[int, Tensor]:
-        """Return the expert biases [E] of every layer whose balancer moves them."""
-        balancers = {layer: feedforward.balancer for layer, feedforward in enumerate(self.feedforwards())}
+        """Return the expert biases [E] of every layer that is held here and whose balancer moves them."""
+        balancers = {layer: feedforward.balancer for layer, feedforward in self.feedforwards().items()}
         return {layer: found.bias() for layer, found in balancers.items() if found is not None and found.adaptive}
 
 
@@ -187,18 +235,18 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 
 def build_model(
-    experiment: Experiment, seed: int = 0, device: str = "cpu", parallel: Parallel | None = None, n_stages: int = 1
+    experiment: Experiment, seed: int = 0, device: str | torch.device = "cpu", parallel: Parallel | None = None
 ) -> Model:
-    """Build the model of an experiment with its initial weights; on device `meta` without any.
+    """Build what a rank holds of an experiment's model, with its initial weights; on device `meta` without any.
 
-    The weights do not depend on the number of stages.
+    The weights do not depend on the layout.
 
     Raises:
         BuildError: A component refuses its surroundings; the message begins with its dotted path.
     """
     with torch.device("meta"):
-        model = Model(experiment, parallel or Parallel(), n_stages)
-    if device != "meta":
+        model = Model(experiment, parallel or Parallel())
+    if str(device) != "meta":
         model.to_empty(device=device)
         initialize(model, seed)
     return model

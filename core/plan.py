@@ -176,10 +176,18 @@ def sequential(microbatches: int) -> Plan:
     return Plan(stages=1, microbatches=(microbatches,), place={(0, 0): 0}, actions=(tuple(actions),))
 
 
-def forward_only(microbatches: int) -> Plan:
-    """Return the plan of one rank that evaluates."""
-    actions = [Action(Op.FORWARD, Slot(0, 0, microbatch)) for microbatch in range(microbatches)]
-    return Plan(stages=1, microbatches=(microbatches,), place={(0, 0): 0}, actions=(tuple(actions),))
+def forward_only(place: Mapping[tuple[int, int], int], microbatches: int) -> Plan:
+    """Return the plan that evaluates: every micro-batch through the stages of flow 0, on the ranks that hold them."""
+    way = {at: rank for at, rank in place.items() if at[0] == 0}
+    actions = tuple(
+        tuple(
+            Action(Op.FORWARD, Slot(0, stage, microbatch))
+            for stage in sorted(stage for (_, stage), held in way.items() if held == rank)
+            for microbatch in range(microbatches)
+        )
+        for rank in range(max(place.values()) + 1)
+    )
+    return Plan(stages=len(way), microbatches=(microbatches,), place=way, actions=actions)
 
 
 def split(n_layers: int, n_stages: int) -> list[range]:

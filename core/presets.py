@@ -329,7 +329,16 @@ def _readable(value: Plain) -> object:
 
 def digest(experiment: Experiment) -> str:
     """Return 8 hexadecimal digits that name the experiment: of the SHA-256 of its values as canonical JSON."""
-    canonical = _one_spelling(plain(experiment))
+    return _digest(plain(experiment))
+
+
+def digest_anywhere(experiment: Experiment) -> str:
+    """Return the digest without where the work runs: that of runs which may go on from each other's checkpoints."""
+    return _digest({name: value for name, value in dump(experiment).items() if name != "parallel"})
+
+
+def _digest(value: Plain) -> str:
+    canonical = _one_spelling(value)
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -78,6 +78,16 @@ class Batch:
             segments=self.segments[cut],
         )
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return evolve(
+            self,
+            tokens=self.tokens.to(device),
+            targets=None if self.targets is None else self.targets.to(device),
+            positions=self.positions.to(device),
+            segments=self.segments.to(device),
+        )
+
     def micro(self, index: int, count: int) -> "Batch":
         """Return micro-batch `index` of `count` equal ones.
 

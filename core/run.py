@@ -5,8 +5,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tangram.core import checkpoint
-from tangram.core.assembly import assemble
-from tangram.core.checkpoint import Found
+from tangram.core.assembly import ALONE, Seat, assemble
+from tangram.core.checkpoint import Found, Team
 from tangram.core.config import Origin
 from tangram.core.context import built
 from tangram.core.contracts import Averaging
@@ -49,6 +49,7 @@ def train(
     *,
     resume: bool | Found = False,
     origins: Mapping[str, Origin] = MappingProxyType({}),
+    seat: Seat = ALONE,
 ) -> Outcome:
     """Train an experiment into a run directory, by default runs/<name>-<hash>.
 
@@ -57,6 +58,7 @@ def train(
         out: The run directory.
         resume: Go on from the newest checkpoint, or from this one; a run that has none begins again.
         origins: Where each leaf of the preset was written, for the report.
+        seat: Which rank this process is; all ranks see one directory.
 
     Raises:
         RunError: The directory holds another run, or nothing to resume.
@@ -66,19 +68,21 @@ def train(
         CheckpointError: A checkpoint could not be written; those before it are whole.
     """
     directory = directory_of(experiment, out)
-    if not resume and (directory / RUN_PRESET).exists():
+    if seat.leads and not resume and (directory / RUN_PRESET).exists():
         raise RunError(f"{directory} holds a run already; continue it with --resume or choose another --out")
-    run = assemble(experiment)
+    run = assemble(experiment, seat)
     observers = {name: built(f"observers.{name}", config.build) for name, config in experiment.observers.items()}
     session = _session(run, directory, observers)
-    found = resumable(directory) if resume is True else resume or None
+    found = session.agreed(lambda: resumable(directory) if resume is True else resume or None)
     if found is not None:
-        tell_changes(directory, experiment)
+        if seat.leads:
+            tell_changes(directory, experiment)
         session.resume(found)
     else:
-        session.liveness.begin(run.model)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / RUN_PRESET, to_yaml(experiment))
+        session.begin()
+        if seat.leads:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_whole(directory / RUN_PRESET, to_yaml(experiment))
         session.note("about", session.about() | {"plugins": used_files(experiment)})
         session.note("origins", {path: str(origin) for path, origin in origins.items()})
     view = session.view()
@@ -122,7 +126,7 @@ def load_run(path: str | Path, *, averaged: bool = False, plugins: Sequence[str 
     found = checkpoint.newest(directory / "checkpoints")
     if found is None:
         raise RunError(f"{directory} has no checkpoint yet")
-    session = _session(assemble(experiment), directory, observers if averaged else {})
+    session = _session(assemble(experiment, trains=False), directory, observers if averaged else {})
     session.resume(found)
     if averaged:
         set_weights(session.run.model, next(iter(observers.values())).averaged())
@@ -130,6 +134,12 @@ def load_run(path: str | Path, *, averaged: bool = False, plugins: Sequence[str 
 
 
 def _session(run: Trainer, directory: Path, observers: Mapping[str, object]) -> Session:
-    train = run.experiment.train
-    saver = Saver(directory / "checkpoints", train.keep_last, train.keep_every)
+    train, groups, layout = run.experiment.train, run.parallel.groups, run.parallel.layout
+    everyone, team = range(layout.ranks), None
+    if layout.ranks > 1:  # files are written in a thread, beside the messages of the steps
+        aside = groups.aside(everyone)
+        team = Team(layout.rank, layout.ranks, lambda said: groups.gather(said, everyone, aside))
+        if layout.rank:
+            observers = {name: each for name, each in observers.items() if isinstance(each, Averaging)}
+    saver = Saver(directory / "checkpoints", train.keep_last, train.keep_every, team)
     return Session(run, directory, observers, run_manager(observers).hook, saver)

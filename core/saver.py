@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from tangram.core import checkpoint
+from tangram.core.checkpoint import Team
 from tangram.core.contracts import State
 
 
@@ -38,10 +39,12 @@ class Saver:
         root: The run's folder of checkpoints.
         keep_last: Newest checkpoints to keep.
         keep_every: Checkpoints at multiples of so many steps are kept too; 0 for none.
+        team: The ranks that write together; the first of them deletes what is old.
     """
 
-    def __init__(self, root: Path, keep_last: int, keep_every: int) -> None:
+    def __init__(self, root: Path, keep_last: int, keep_every: int, team: Team | None = None) -> None:
         self._root, self._keep_last, self._keep_every = root, keep_last, keep_every
+        self._team = team or Team()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[tuple[Path, float]] | None = None
         self._count, self._held_up, self._writing = 0, 0.0, 0.0
@@ -92,8 +95,9 @@ class Saver:
 
     def _write(self, step: int, files: Mapping[str, State], state: Mapping[str, object]) -> tuple[Path, float]:
         began = time.perf_counter()
-        path = checkpoint.save(self._root, step, files, state)
-        checkpoint.prune(self._root, step, self._keep_last, self._keep_every)
+        path = checkpoint.save(self._root, step, files, state, team=self._team)
+        if self._team.rank == 0:
+            checkpoint.prune(self._root, step, self._keep_last, self._keep_every)
         return path, time.perf_counter() - began
 
 

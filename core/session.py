@@ -3,10 +3,12 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import pluggy
+import torch
 from attrs import asdict, define, evolve, field, frozen
 
 from tangram.core import checkpoint
@@ -17,11 +19,17 @@ from tangram.core.experiment import Experiment
 from tangram.core.files import write_whole
 from tangram.core.interruption import Interruption
 from tangram.core.liveness import Liveness, Piece
-from tangram.core.presets import digest
+from tangram.core.model import Model, build_model
+from tangram.core.presets import digest_anywhere
 from tangram.core.process import peak_rss, versions
 from tangram.core.records import EvalReport, Progress, StepReport, Verdict
 from tangram.core.saver import Saver, Saving
 from tangram.core.step import Trainer, train_step
+
+_T = TypeVar("_T")
+
+_WHOLE = 1 << 32
+"""Bytes of the weights of a model that one rank of several can hold besides its own part."""
 
 
 class RunError(Exception):
@@ -91,6 +99,8 @@ class Session:
         liveness: What the verdict on the pieces rests on.
         seconds: Seconds of all steps.
         saved: The step of the newest checkpoint; -1 before the first.
+
+    Of several ranks the first speaks: it alone writes notes and has observers, but for those that average weights.
     """
 
     run: Trainer
@@ -102,6 +112,22 @@ class Session:
     liveness: Liveness = field(factory=Liveness)
     seconds: float = 0.0
     saved: int = -1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the one that speaks."""
+        return self.run.parallel.layout.rank == 0
+
+    def agreed(self, decide: Callable[[], _T]) -> _T:
+        """Return what the first rank decides."""
+        parallel = self.run.parallel
+        return parallel.groups.gather([decide()] if self.leads else [], range(parallel.layout.ranks))[0]
+
+    def begin(self) -> None:
+        """Remember what the run starts with, wherever it is held."""
+        parallel, model = self.run.parallel, self.run.model
+        here = [(layer, bias.tolist()) for layer, bias in model.biases().items()]
+        self.liveness.begin(model.experts, dict(parallel.groups.gather(here, range(parallel.layout.ranks))))
 
     def view(self) -> RunView:
         """Return what observers see of the run as it stands."""
@@ -127,11 +153,12 @@ class Session:
             self.save(view)
         while run.progress.tokens < train.tokens:
             began = time.perf_counter()
-            run.progress = past_skipped(run.experiment, run.progress)
-            batch = run.data.batch(run.progress, sequences_at(run.experiment, run.progress))
+            data_ranks = run.parallel.layout.data_ranks
+            run.progress = past_skipped(run.experiment, run.progress, data_ranks)
+            batch = run.data.batch(run.progress, sequences_at(run.experiment, run.progress, data_ranks))
             weights = run.model.weights(run.progress)
             try:
-                report = self._timed(train_step(run, batch), began)
+                report, stopping = self._told(train_step(run, batch), began)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {run.progress.step + 1}: {error}") from None
             if report.verdict is Verdict.ROLLBACK:
@@ -144,26 +171,20 @@ class Session:
             if train.checkpoint_every and run.progress.step % train.checkpoint_every == 0:
                 self.save(view)
             self._announce(view, self.saver.sealed())
-            if self.interruption.caught:
+            if stopping:
                 self.save(view)
                 self._announce(view, self.saver.wait())
                 raise self.interruption.as_error(run.progress.step)
 
     def finish(self, view: RunView) -> Outcome:
         """Save, evaluate, sample, and judge every piece; nothing is lost if it is interrupted."""
-        run, train = self.run, self.run.experiment.train
+        run = self.run
         self.save(view)
         self._announce(view, self.saver.wait())
         with self.interruption.at_once(run.progress.step):
             report = self._evaluate(view, None)
             averaged = dict(self._averaged())
-            sample = ""
-            if train.prompt and run.data.tokenizer is not None:
-                from tangram.core.decoding import sample as continued
-
-                sample = continued(run.model, run.data.tokenizer, train.prompt, 96, temperature=0.7, seed=train.seed)
-            probe = run.data.batch(run.progress, train.micro_sequences)
-            pieces = tuple(self.liveness.judge(run.model, probe, run.progress))
+            sample, pieces = self._tried(self._whole())
         saving = self.saver.cost(self.seconds)
         content = {
             "pieces": [asdict(piece) for piece in pieces],
@@ -175,6 +196,32 @@ class Session:
         self.note("verdict", content)
         return Outcome(self.directory, report, averaged, view.references, pieces, sample, saving, peak_rss())
 
+    def _whole(self) -> Model | None:
+        """Return the whole model on the first rank, as it was just saved; None elsewhere, and where it is too large."""
+        run = self.run
+        if run.parallel.layout.ranks == 1:
+            return run.model
+        if not self.leads or sum(p.nbytes for p in build_model(run.experiment, device="meta").parameters()) > _WHOLE:
+            return None
+        model, found = build_model(run.experiment), checkpoint.newest(self.directory / "checkpoints")
+        assert found is not None
+        checkpoint.load_model(found.path, model)
+        return model
+
+    def _tried(self, model: Model | None) -> tuple[str, tuple[Piece, ...]]:
+        """Return what the model makes of the prompt, and what became of each piece."""
+        run, train = self.run, self.run.experiment.train
+        if model is None:
+            why = "the model is too large for one rank, or this is not the first"
+            return "", tuple(self.liveness.unjudged(run.model, run.progress, why))
+        sample = ""
+        if train.prompt and run.data.tokenizer is not None:
+            from tangram.core.decoding import sample as continued
+
+            sample = continued(model, run.data.tokenizer, train.prompt, 96, temperature=0.7, seed=train.seed)
+        probe = run.data.batch(run.progress, train.micro_sequences).to(next(model.parameters()).device)
+        return sample, tuple(self.liveness.judge(model, probe, run.progress))
+
     def _averaged(self) -> Iterator[tuple[str, EvalReport]]:
         for name, observer in self.observers.items():
             if isinstance(observer, Averaging):
@@ -183,17 +230,28 @@ class Session:
                 if report is not None:
                     yield name, report
 
-    def _timed(self, report: StepReport, began: float) -> StepReport:
+    def _told(self, report: StepReport, began: float) -> tuple[StepReport, bool]:
+        """Return the report with what only the loop knows, and whether any rank was asked to stop."""
+        run = self.run
         took = time.perf_counter() - began
         self.seconds += took
-        parts = enumerate(self.run.model.feedforwards())
+        routed = {layer: n_experts for layer, n_experts in enumerate(run.model.experts) if n_experts}
+        # One message for the biases, each known where its layer is, and for whether to go on.
+        values = torch.full((len(run.model.experts) + 1,), -1.0, dtype=torch.float64, device=run.parallel.device)
+        values[-1] = bool(self.interruption.caught)
+        for layer, bias in run.model.biases().items():
+            values[layer] = bias.abs().max()
+        *biases, stopping = run.parallel.groups.largest(values, range(run.parallel.layout.ranks)).tolist()
+        if stopping and not self.interruption.caught:
+            self.interruption.caught = "a signal to another rank"
+        tokens = report.after.tokens - report.now.tokens
         return evolve(
             report,
-            routed={layer: part.n_experts for layer, part in parts if part.n_experts},
-            biases={layer: float(bias.abs().max()) for layer, bias in self.run.model.biases().items()},
+            routed=routed,
+            biases={layer: bias for layer, bias in enumerate(biases) if bias >= 0},
             seconds=self.seconds,
-            tokens_per_second=(report.after.tokens - report.now.tokens) / took,
-        )
+            tokens_per_second=tokens / took,
+        ), bool(stopping)
 
     def _roll_back(self, view: RunView, report: StepReport) -> None:
         """Go back to the last checkpoint, and write into it that the batch of `report` is to be skipped.
@@ -203,7 +261,7 @@ class Session:
         """
         run = self.run
         self._announce(view, self.saver.wait())
-        found = checkpoint.newest(self.directory / "checkpoints")
+        found = self.agreed(lambda: checkpoint.newest(self.directory / "checkpoints"))
         if found is None:
             raise RunError("the guard asks for a rollback, but there is no checkpoint: its rolls_back must be True")
         self._load(found)
@@ -230,7 +288,8 @@ class Session:
 
     def note(self, name: str, content: Mapping[str, object]) -> None:
         """Write what the report reads and nothing else does."""
-        write_whole(self.directory / f"{name}.json", json.dumps(content, indent=1))
+        if self.leads:
+            write_whole(self.directory / f"{name}.json", json.dumps(content, indent=1))
 
     def save(self, view: RunView) -> None:
         """Write a checkpoint of this step, unless there is one."""
@@ -238,17 +297,21 @@ class Session:
             self._write(view)
 
     def _write(self, view: RunView) -> None:
-        run = self.run
-        addresses = {parameter: address for address, parameter in run.model.named_parameters()}
+        run, owned, shares = self.run, self._owned(), self._shares()
+        addresses = {p: address for address, p in run.model.named_parameters() if address in owned}
         files: dict[str, State] = {
-            "model": run.model.state_dict(),
-            "optimizer": checkpoint.optimizer_state(run.optimizer, addresses),
+            "model": checkpoint.in_shares(run.model.state_dict(), owned, shares),
+            "optimizer": checkpoint.optimizer_state(run.optimizer, addresses, shares),
         }
-        files |= {name: part.state() for name, part in self._stateful()}
+        for name, part in self._stateful():
+            if isinstance(part, Averaging):
+                files[name] = checkpoint.in_shares(part.state(), owned, shares)
+            elif self.leads:
+                files[name] = part.state()
         state = {
             "progress": asdict(run.progress),
             "seconds": self.seconds,
-            "experiment": digest(run.experiment),
+            "experiment": digest_anywhere(run.experiment),
             "data": run.data.fingerprint,
             "liveness": asdict(self.liveness),
             "versions": versions(),
@@ -269,7 +332,7 @@ class Session:
             CheckpointError: It does not fit the model.
         """
         run, state = self.run, checkpoint.read_state(found.path)
-        for name, have in (("experiment", digest(run.experiment)), ("data", run.data.fingerprint)):
+        for name, have in (("experiment", digest_anywhere(run.experiment)), ("data", run.data.fingerprint)):
             if state[name] != have:
                 raise RunError(
                     f"{found.path} was written by another {name} ({state[name]}, here {have}); "
@@ -279,15 +342,28 @@ class Session:
         self.seconds = float(str(state["seconds"]))
 
     def _load(self, found: checkpoint.Found) -> None:
-        run, state = self.run, checkpoint.read_state(found.path)
-        checkpoint.load_model(found.path, run.model)
-        checkpoint.load_optimizer(found.path, run.optimizer, dict(run.model.named_parameters()))
+        run, state, shares = self.run, checkpoint.read_state(found.path), self._shares()
+        held = dict(run.model.named_parameters())
+        checkpoint.load_model(found.path, run.model, shares, whole=run.parallel.layout.pipeline_ranks == 1)
+        checkpoint.load_optimizer(found.path, run.optimizer, held, shares)
         for name, part in self._stateful():
-            part.load_state(checkpoint.read_file(found.path, name))
+            only = held if isinstance(part, Averaging) else None
+            part.load_state(checkpoint.read_file(found.path, name, only, shares))
         progress, liveness = state["progress"], state["liveness"]
         assert isinstance(progress, dict) and isinstance(liveness, dict)
         run.progress = Progress(**progress | {"skipped": tuple(progress["skipped"])})
         self.liveness, self.saved = Liveness(**liveness), found.step
+
+    def _shares(self) -> dict[str, range]:
+        return self.run.model.shares() if self.run.parallel.layout.expert_ranks > 1 else {}
+
+    def _owned(self) -> set[str]:
+        """Return what this rank writes: of buffers, which are alike on all their holders, the first one does."""
+        run = self.run
+        held = {name for name, _ in run.model.named_buffers()}
+        layout = run.parallel.layout
+        first = {name for name in held if layout.holders(run.model.stages_of(name), False)[0] == layout.rank}
+        return first | set(run.sharding.owned())
 
     def _stateful(self) -> Iterator[tuple[str, Stateful]]:
         watching = {f"observer-{name}": observer for name, observer in self.observers.items()}

@@ -3,6 +3,7 @@
 import torch
 from attrs import define
 
+from tangram.core.context import Parallel
 from tangram.core.contracts import Data, Guard, Sharding
 from tangram.core.executor import Executor
 from tangram.core.experiment import Experiment
@@ -23,6 +24,7 @@ class Trainer:
         guard: What judges a step.
         data: Where batches come from.
         progress: How far the run has come.
+        parallel: Where this rank stands among all.
     """
 
     experiment: Experiment
@@ -33,6 +35,7 @@ class Trainer:
     guard: Guard
     data: Data
     progress: Progress
+    parallel: Parallel
 
 
 def train_step(run: Trainer, batch: Batch) -> StepReport:

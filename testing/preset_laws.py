@@ -37,4 +37,4 @@ def check_preset(preset: str | Path, *overrides: str, plugins: Sequence[str | Pa
     shipped = available(Plugins.discover(plugins))
     if str(preset) in shipped:
         assert experiment.name == preset, f"'{preset}' calls itself '{experiment.name}'"
-    assert rehearse(experiment) > 0, "it takes no step"
+    assert rehearse(experiment).steps > 0, "it takes no step"

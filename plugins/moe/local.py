@@ -17,6 +17,9 @@ class LocalConfig:
 
     def build(self, ctx: Context, n_experts: int) -> Dispatcher:
         """Build it."""
+        ranks = ctx.parallel.layout.expert_ranks
+        if ranks > 1:
+            raise ValueError(f"local has every expert on its rank and none to send to; not for {ranks} expert ranks")
         return Local(n_experts)
 
 

@@ -65,6 +65,8 @@ class MTP(TokenObjective):
     what would cross from one document to another. T does not shrink with the mask (equation 24).
     """
 
+    embeds = True
+
     def __init__(self, config: MTPConfig, ctx: Context, block: BlockConfig) -> None:
         super().__init__()
         self.curve, self.post_norm = config.weight, config.input == "post_norm"

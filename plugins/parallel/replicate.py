@@ -1,8 +1,7 @@
-"""Every rank keeps every parameter."""
+"""Every holder of a parameter keeps all of it."""
 
 from collections.abc import Sequence
 
-import torch
 from attrs import frozen
 from torch import nn
 
@@ -11,47 +10,50 @@ from tangram.core.contracts import Sharding
 from tangram.core.model import Model
 from tangram.core.records import GradientNorm
 from tangram.core.registry import component
+from tangram.plugins.parallel.holders import Bucket, buckets, clip, messages, packed_gradients, unpack_gradients
 
 
-@component("sharding", use="replicate")
+@component("sharding", use="replicate", capabilities=["ranks"])
 @frozen(kw_only=True)
 class ReplicateConfig:
-    """Keep every parameter, gradient and optimizer state on every rank."""
+    """Keep every parameter, gradient and optimizer state on every rank that works with it."""
 
     def build(self, parallel: Parallel) -> Sharding:
         """Build it."""
-        return Replicate()
+        return Replicate(parallel)
 
 
 class Replicate:
     """Whole parameters; on one rank there is nothing to reduce or gather."""
 
-    def __init__(self) -> None:
-        self.parameters: list[tuple[str, nn.Parameter]] = []
+    def __init__(self, parallel: Parallel) -> None:
+        self._parallel = parallel
+        self._buckets: list[Bucket] = []
+        self._parameters: list[tuple[str, nn.Parameter]] = []
 
     def attach(self, model: Model) -> Sequence[tuple[str, nn.Parameter]]:
         """Return the model's parameters with their addresses."""
-        self.parameters = list(model.named_parameters())
-        return self.parameters
+        self._buckets, self._parameters = buckets(model, self._parallel), list(model.named_parameters())
+        return self._parameters
+
+    def owned(self) -> frozenset[str]:
+        """Return the addresses of which this rank is the first holder."""
+        return frozenset(address for address, _ in self._counted())
+
+    def _counted(self) -> list[tuple[str, nn.Parameter]]:
+        rank = self._parallel.layout.rank
+        return [named for bucket in self._buckets if bucket.ranks[0] == rank for named in bucket.parameters]
 
     def reduce(self) -> None:
-        """Do nothing: one rank holds the whole sum."""
+        """Sum the gradients over their holders, in float32."""
+        for bucket in self._buckets:
+            if len(bucket.ranks) > 1:
+                for piece in messages(bucket.parameters):
+                    unpack_gradients(piece, self._parallel.groups.sum(packed_gradients(piece), bucket.ranks))
 
     def clip(self, limit: float) -> GradientNorm:
         """Scale the gradients down to a global L2 norm of `limit`; leave them if the norm is not finite."""
-        held = [(address, p.grad) for address, p in self.parameters if p.grad is not None]
-        grads = [grad for _, grad in held]
-        if not grads:
-            return GradientNorm(0.0)
-        norms = torch.stack(torch._foreach_norm(grads)).double()
-        value = float(norms.norm())
-        if not torch.isfinite(norms).all():
-            finite = torch.isfinite(norms).tolist()
-            broken = tuple(address for (address, _), ok in zip(held, finite, strict=True) if not ok)
-            return GradientNorm(value, broken)
-        if value > limit:
-            torch._foreach_mul_(grads, limit / value)
-        return GradientNorm(value)
+        return clip(self._counted(), self._parameters, limit, self._parallel)
 
     def gather(self) -> None:
-        """Do nothing: the optimizer stepped the parameters themselves."""
+        """Do nothing: every holder stepped its copy alike."""

@@ -1,15 +1,20 @@
 """What every dispatcher owes: each token to each of its experts once, and home weighed by its gates."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from attrs import evolve
+from attrs import astuple, evolve, frozen
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tangram.core.context import Parallel
+from tangram.core.layout import Layout
 from tangram.core.records import Routing, Rows
-from tangram.testing.laws import Contract, law
+from tangram.testing.laws import Contract, Mutated, law
 from tangram.testing.mutants import dispatcher as mutants
+from tangram.testing.ranks import run_ranks
 from tangram.testing.routed import routings
 from tangram.testing.samples import context, normal
 from tangram.testing.strategies import seeds
@@ -19,11 +24,27 @@ _DIM = 3
 
 _ROUTINGS = routings(st.integers(1, 6))
 
+_WIRES = st.sampled_from(("compute", "bf16", "fp8"))
+_WIDTH = 130
+"""Two scales of a row in FP8, one of them of a ragged tile."""
+
 
 class DispatcherContract(Contract):
     """The laws of the slot `dispatcher`."""
 
     slot = "dispatcher"
+    optional: ClassVar[Mapping[str, str]] = {
+        "ranks": "works among several ranks that share out the experts, which together do what one rank does",
+        "wire": "has a field `wire`: rows travel as they are (`compute`), in bfloat16 (`bf16`), or in FP8 on their way "
+        "out (`fp8`)",
+    }
+    ranks: ClassVar[int] = 2
+    """Ranks that share out the experts where a law has several."""
+
+    @classmethod
+    def parts(cls) -> Mapping[str, st.SearchStrategy[Any]]:
+        """Return the wire that rounds nothing: of those that do, laws of their own tell."""
+        return {"wire": st.just("compute")} if "wire" in cls.capabilities() else {}
 
     @classmethod
     def make(cls, config: Any, n_experts: int = 4) -> Any:
@@ -121,6 +142,67 @@ class DispatcherContract(Contract):
         exact = x.bfloat16().float() * gates.float().sum(1, keepdim=True)
         assert_close(home, exact, dtype=torch.bfloat16)  # rounded once, at the end
 
+    @law(
+        requires="ranks",
+        data=st.data(),
+        kills=[
+            mutants.loses_a_token,
+            mutants.doubles_a_token,
+            mutants.detaches_the_gates,
+            mutants.averages_gradients,
+            mutants.weighs_all_alike,
+            mutants.turns_round_the_rows_of_an_expert,
+        ],
+    )
+    def ranks_do_what_one_does(self, config: Any, data: st.DataObject) -> None:
+        """Whatever tokens each rank has, experts are given and make of them what one rank gives all, in its order."""
+        spreads = self._spreads(config, data)
+        found = run_ranks(_together, self.ranks, self.ranks, config, spreads)
+        for spread, parts in zip(spreads, zip(*found, strict=True), strict=True):
+            x, gates, factors = (each.clone().requires_grad_() for each in (spread.x, spread.gates, spread.factors))
+            rows = torch.cat([x[(spread.ids == expert).any(1)] for expert in range(len(factors))])
+            home = x * (gates.unsqueeze(2) * factors[spread.ids]).sum(1)
+            grads = torch.autograd.grad(home, (x, gates, factors), spread.direction)
+            _Sent(rows.detach(), spread.counts, home.detach(), *grads).compare(_Sent.of(parts))
+
+    @law(requires="wire", wire=_WIRES, seed=seeds(), kills=[mutants.rounds_coarsely, mutants.shares_a_scale])
+    def a_wire_rounds_each_row_by_itself_and_once(self, config: Any, wire: str, seed: int) -> None:
+        """Rows arrive rounded as their wire says, other rows or not; what was rounded once is changed no more."""
+        dispatcher = self.make(_wired(config, wire), 1)
+        x = (normal(4, _WIDTH, seed=seed) * torch.tensor([[1e-6], [1.0], [0.0], [1e4]])).to(self.device, self.dtype)
+        ids = torch.zeros(len(x), 1, dtype=torch.int64, device=self.device)
+        arrived = dispatcher.dispatch(x, ids).rows
+        if wire == "fp8":
+            peaks = torch.stack([part.abs().amax(1) for part in x.split(128, 1)], 1).repeat_interleave(128, 1)
+            # Half a step of the scale, at most twice the peak over 448, is 2^-10 of it where codes are not normal.
+            limit = (x.abs() * 2**-4).clamp_min(2**-10 * peaks[:, :_WIDTH].clamp_min(1e-4) * 2 / 448)
+            assert ((arrived - x).abs() <= limit).all(), "rows are rounded more than E4M3 does"
+        else:
+            assert torch.equal(arrived, x if wire == "compute" else x.bfloat16().to(x.dtype)), "rows are changed"
+        assert torch.equal(dispatcher.dispatch(arrived, ids).rows, arrived), "rows are rounded again"
+        alone = torch.cat([dispatcher.dispatch(row, ids[:1]).rows for row in x.split(1)])
+        assert torch.equal(alone, arrived), "how a row is rounded depends on the others"
+
+    @law(requires="wire", data=st.data(), kills=[mutants.shares_a_scale])
+    def ranks_round_as_one_does(self, config: Any, data: st.DataObject) -> None:
+        """Whatever the wire, several ranks give what one does; sums that go home in parts may be rounded for each."""
+        ranks = self.ranks if "ranks" in self.capabilities() else 1
+        spreads = self._spreads(config, data)
+        for wire in ("bf16", "fp8"):
+            wired = _wired(config, wire)
+            alone = _together(0, 1, wired, spreads)
+            found = run_ranks(_together, ranks, ranks, wired, spreads)
+            for expected, parts in zip(alone, zip(*found, strict=True), strict=True):
+                expected.compare(_Sent.of(parts), summed=torch.bfloat16)
+
+    def _spreads(self, config: Any, data: st.DataObject) -> list["_Spread"]:
+        """Draw what ranks do in one go, as they take a while to start."""
+        try:
+            _make(config, 0, self.ranks, self.ranks)
+        except ValueError:
+            reject()
+        return data.draw(st.lists(_spreads(self.ranks), min_size=8, max_size=8), "spreads")
+
     def _sent(self, routing: Routing, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens, ids and gates."""
         gates = routing.gates.detach().clone().to(self.device, self.dtype)
@@ -145,3 +227,115 @@ class DispatcherContract(Contract):
 
 def _sorted(rows: Tensor) -> Tensor:
     return rows[rows[:, 0].argsort()]
+
+
+def _wired(config: Any, wire: str) -> Any:
+    """Return the config with another wire."""
+    if isinstance(config, Mutated):
+        return evolve(config, config=_wired(config.config, wire))
+    return evolve(config, wire=wire)
+
+
+def _make(config: Any, rank: int, ranks: int, n_experts: int) -> Any:
+    """Return what the config builds for one of several ranks that share out the experts."""
+    parallel = Parallel(layout=Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank))
+    return config.build(evolve(context(_WIDTH), parallel=parallel), n_experts)
+
+
+@frozen(eq=False)
+class _Spread:
+    """Tokens of several ranks.
+
+    Attributes:
+        ids: Experts of all tokens [N, K].
+        gates: Their gates [N, K].
+        n_experts: Experts E.
+        ends: After which token each rank but the last one ends; some may have none.
+        seed: Of the rest.
+    """
+
+    ids: Tensor
+    gates: Tensor
+    n_experts: int
+    ends: Sequence[int]
+    seed: int
+
+    @property
+    def x(self) -> Tensor:
+        """The tokens [N, D]."""
+        return normal(len(self.ids), _WIDTH, seed=self.seed)
+
+    @property
+    def direction(self) -> Tensor:
+        """The gradient at what comes home [N, D]."""
+        return normal(len(self.ids), _WIDTH, seed=self.seed + 1)
+
+    @property
+    def factors(self) -> Tensor:
+        """What each expert multiplies its rows by [E, D]."""
+        return normal(self.n_experts, _WIDTH, seed=self.seed + 2)
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of each expert [E]."""
+        return torch.bincount(self.ids.flatten(), minlength=self.n_experts)
+
+    def of(self, rank: int, ranks: int) -> slice:
+        """Return which tokens are a rank's."""
+        ends = [0, *self.ends, len(self.ids)] if ranks > 1 else [0, len(self.ids)]
+        return slice(ends[rank], ends[rank + 1])
+
+
+@st.composite
+def _spreads(draw: st.DrawFn, ranks: int) -> _Spread:
+    routing = draw(routings(st.sampled_from([ranks, 2 * ranks, 3 * ranks])))
+    n = len(routing.ids)
+    ends = sorted(draw(st.lists(st.integers(0, n), min_size=ranks - 1, max_size=ranks - 1)))
+    return _Spread(routing.ids, routing.gates.detach(), routing.stats.load.shape[1], ends, draw(seeds()))
+
+
+@frozen(eq=False)
+class _Sent:
+    """What became of a rank's tokens and experts: their rows and counts, what came home, and gradients."""
+
+    rows: Tensor
+    counts: Tensor
+    home: Tensor
+    of_x: Tensor
+    of_gates: Tensor
+    of_factors: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence["_Sent"]) -> "_Sent":
+        """Return that of all ranks."""
+        return cls(*map(torch.cat, zip(*(astuple(part, recurse=False) for part in parts), strict=True)))
+
+    def compare(self, found: "_Sent", summed: torch.dtype = torch.float64) -> None:
+        """Assert that the ranks found the same; what they summed up was rounded to a dtype on its way."""
+        assert torch.equal(found.counts, self.counts), "experts are given other numbers of rows"
+        assert torch.equal(found.rows, self.rows), "experts are given other rows, or in another order"
+        top_k = self.of_gates.shape[1]
+        assert_close(found.home, self.home, dtype=summed, length=top_k + 1, msg="what comes home")
+        assert_close(found.of_x, self.of_x, dtype=summed, length=top_k + 1, msg="the gradient of tokens")
+        # The terms of a product along D may cancel: what is rounded is their magnitudes.
+        size = float(self.of_gates.abs().amax()) + float(self.rows.abs().amax() * _WIDTH)
+        assert_close(found.of_gates + size, self.of_gates + size, length=_WIDTH, msg="the gradient of gates")
+        length = max(len(self.of_x), 1)
+        assert_close(found.of_factors, self.of_factors, length=length, msg="the gradient of experts")
+
+
+def _together(rank: int, ranks: int, config: Any, spreads: Sequence[_Spread]) -> list[_Sent]:
+    """Send this rank's tokens of each spread, and return what became of them."""
+    return [_there_and_back(rank, ranks, config, spread) for spread in spreads]
+
+
+def _there_and_back(rank: int, ranks: int, config: Any, spread: _Spread) -> _Sent:
+    dispatcher, mine = _make(config, rank, ranks, spread.n_experts), spread.of(rank, ranks)
+    x, gates = (each[mine].clone().requires_grad_() for each in (spread.x, spread.gates))
+    share = Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank).share(spread.n_experts)
+    factors = spread.factors[share.start : share.stop].clone().requires_grad_()
+    rows = dispatcher.dispatch(x, spread.ids[mine])
+    worked = rows.rows * factors.repeat_interleave(rows.counts, 0)
+    home = dispatcher.combine(evolve(rows, rows=worked), gates)
+    grads = torch.autograd.grad(home, (x, gates, factors), spread.direction[mine], materialize_grads=True)
+    return _Sent(rows.rows.detach(), rows.counts, home.detach(), *grads)

@@ -14,6 +14,7 @@ from tangram.core.context import Context, Parallel
 from tangram.core.contracts import Pipeline
 from tangram.core.executor import Executor
 from tangram.core.layers import FullPrecision, Linear
+from tangram.core.layout import Layout
 from tangram.core.plan import Plan, validate
 from tangram.core.records import Batch, Carry, Loss, Phase, Progress
 from tangram.core.simulator import Costs, simulate
@@ -142,7 +143,9 @@ class PipelineContract(Contract):
         _, microbatches, plan = found[pick % len(found)]
         program = filled(_Chain(plan.stages), seed)
         batch = _batch(microbatches, seed)
-        executor = Executor(program, lambda _: on_one_rank(plan), 1, program.queue, lambda: None)
+        together = on_one_rank(plan)
+        parallel = Parallel(program.queue, Layout(together.place))
+        executor = Executor(program, lambda _: together, 1, parallel, lambda: None)
         result = executor.run(batch, Progress())
         actual = {name: p.grad for name, p in program.named_parameters()}
         program.zero_grad()

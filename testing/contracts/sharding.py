@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tangram.core.context import Parallel
 from tangram.core.contracts import Sharding
 from tangram.core.executor import Executor
+from tangram.core.layout import Layout
 from tangram.core.model import Model, build_model
 from tangram.core.plan import sequential
 from tangram.core.records import GradientNorm, Progress
@@ -164,15 +165,16 @@ class _Taken:
 
 def _two_steps(rank: int, ranks: int, config: Any) -> _Taken:
     """Take two steps on this rank's rows of two batches."""
-    experiment, parallel = small_experiment("precision.compute=float64"), Parallel()
+    experiment = small_experiment("precision.compute=float64")
+    parallel = Parallel(layout=Layout(data_ranks=ranks, rank=rank))
     model = _model(parallel)
     sharding: Sharding = config.build(parallel)
     parameters = [parameter for _, parameter in sharding.attach(model)]
-    executor = Executor(model, sequential, 1, parallel.weight_grads, sharding.reduce)
+    executor = Executor(model, sequential, 1, parallel, sharding.reduce)
     data, now, norms = experiment.data.build(experiment.train, experiment.model.vocab_size), Progress(), []
     for lr in _LRS:
         batch = data.batch(now, _SEQUENCES)
-        executor.run(batch.micro(rank, ranks), now)
+        executor.run(batch, now)
         norms.append(sharding.clip(1.0).value)
         _descend(parameters, lr)
         sharding.gather()

@@ -60,6 +60,11 @@ def weighs_by_place(dispatcher: Dispatcher) -> Any:
     return _Changed(dispatcher.dispatch, lambda rows, gates: dispatcher.combine(rows, gates.roll(1, 0)))
 
 
+def weighs_all_alike(dispatcher: Dispatcher) -> Any:
+    """The sums are taken without the gates."""
+    return _Changed(dispatcher.dispatch, lambda rows, gates: dispatcher.combine(rows, torch.ones_like(gates)))
+
+
 def detaches_the_gates(dispatcher: Dispatcher) -> Any:
     """The gates get no gradient: the router is detached from the loss."""
     return _Changed(dispatcher.dispatch, lambda rows, gates: dispatcher.combine(rows, gates.detach()))
@@ -105,3 +110,38 @@ def remembers_the_last_one(dispatcher: Dispatcher) -> Any:
 def widens_to_the_gates(dispatcher: Dispatcher) -> Any:
     """What comes home has the dtype of the gates."""
     return _Changed(dispatcher.dispatch, lambda rows, gates: dispatcher.combine(rows, gates).to(gates.dtype))
+
+
+def turns_round_the_rows_of_an_expert(dispatcher: Dispatcher) -> Any:
+    """An expert is given its rows last first."""
+
+    def turned(rows: Rows) -> Rows:
+        begins = (rows.counts.cumsum(0) - rows.counts).repeat_interleave(rows.counts)
+        ends = rows.counts.cumsum(0).repeat_interleave(rows.counts)
+        return evolve(rows, rows=rows.rows[begins + ends - 1 - torch.arange(len(rows.rows))])
+
+    return _Changed(
+        lambda x, ids: turned(dispatcher.dispatch(x, ids)),
+        lambda rows, gates: dispatcher.combine(turned(rows), gates),
+    )
+
+
+def rounds_coarsely(dispatcher: Dispatcher) -> Any:
+    """Rows lose half of what a bit of their mantissa says."""
+
+    def dispatch(x: Tensor, ids: Tensor) -> Rows:
+        rows = dispatcher.dispatch(x, ids)
+        mantissa, exponent = torch.frexp(rows.rows)
+        return evolve(rows, rows=torch.ldexp((mantissa * 4).round() / 4, exponent))
+
+    return _Changed(dispatch, dispatcher.combine)
+
+
+def shares_a_scale(dispatcher: Dispatcher) -> Any:
+    """All rows are rounded with the scale of the largest, so that each depends on those that it travels with."""
+
+    def dispatch(x: Tensor, ids: Tensor) -> Rows:
+        step = 2**-12 * x.detach().abs().amax() if len(x) else 1.0
+        return dispatcher.dispatch(x + ((x / step).round() * step - x).detach(), ids)
+
+    return _Changed(dispatch, dispatcher.combine)

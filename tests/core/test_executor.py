@@ -10,6 +10,7 @@ from tangram.core.autograd import WeightGrads
 from tangram.core.context import Context, Parallel
 from tangram.core.executor import Executor
 from tangram.core.layers import Linear
+from tangram.core.layout import Layout
 from tangram.core.plan import Action, Op, Plan, Slot
 from tangram.core.records import Batch, Carry, Loss, Phase, Progress
 from tangram.testing import assert_close, assert_same_gradients
@@ -109,11 +110,12 @@ def test_stages_and_split_backward_give_the_gradients_of_one_graph(ops: list[Op]
     torch.manual_seed(0)
     program, batch = Chain(3), _batch(4)
     reduced: list[bool] = []
+    parallel = Parallel(program.queue, Layout(dict.fromkeys([(0, 0), (0, 1), (0, 2)], 0)))
 
     def reduce() -> None:
         reduced.append(all(p.grad is not None for p in program.parameters()))
 
-    result = Executor(program, _staged(ops), 2, program.queue, reduce).run(batch, Progress())
+    result = Executor(program, _staged(ops), 2, parallel, reduce).run(batch, Progress())
     found = {name: p.grad.clone() for name, p in program.named_parameters()}
     program.zero_grad()
     carry, total = Carry(), torch.zeros((), dtype=torch.float64)
@@ -150,7 +152,9 @@ def test_an_evaluation_takes_no_gradient_and_a_smaller_last_micro_batch() -> Non
 
     run = trainer(exact())
     batch = run.data.batch(run.progress, 5)
-    executor = Executor(run.model, forward_only, 2, WeightGrads(), lambda: pytest.fail("reduced"))
+    executor = Executor(
+        run.model, lambda count: forward_only({(0, 0): 0}, count), 2, Parallel(), lambda: pytest.fail("reduced")
+    )
     result = executor.run(batch, run.progress)
     whole = run.model(batch, run.progress)
     for name, loss in whole.losses:

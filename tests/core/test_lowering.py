@@ -84,7 +84,7 @@ def test_every_rank_sums_each_of_its_stages_once_at_the_end(plan):
 
 def test_one_rank_sends_nothing_and_an_evaluation_sums_nothing():
     assert lower(sequential(3)).ranks[0] == (*sequential(3).actions[0], Reduce(0))
-    assert lower(forward_only(3)).ranks[0] == forward_only(3).actions[0]
+    assert lower(forward_only({(0, 0): 0}, 3)).ranks[0] == forward_only({(0, 0): 0}, 3).actions[0]
 
 
 def changed(lowered: Lowered, rank: int, instructions: list) -> Lowered:

@@ -21,11 +21,11 @@ def test_split_covers_every_layer_once_in_order_with_even_sizes(n_layers: int, n
 
 @given(st.integers(1, 20))
 def test_built_in_plans_are_valid(microbatches: int) -> None:
-    for plan in (sequential(microbatches), forward_only(microbatches)):
+    for plan in (sequential(microbatches), forward_only({(0, 0): 0}, microbatches)):
         validate(plan)
         assert plan.ranks == 1
     assert sequential(microbatches).trains
-    assert not forward_only(microbatches).trains
+    assert not forward_only({(0, 0): 0}, microbatches).trains
 
 
 def _plan(*actions: Action, microbatches: int = 1) -> Plan:

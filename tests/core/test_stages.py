@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pipeline_at_work import PIPELINES, SEQUENCES, Worked, experiment, step
+from pipeline_at_work import PIPELINES, SEQUENCES, Worked, experiment, on_one, step
 
 from tangram.core.model import build_model
 from tangram.core.plan import sequential
@@ -34,7 +34,7 @@ def test_in_any_order_the_step_is_that_of_one_stage(name, whole):
 
 
 def test_the_weights_do_not_depend_on_the_stages():
-    other = build_model(EXPERIMENT, 3, n_stages=3)
+    other = build_model(EXPERIMENT, 3, parallel=on_one(3))
     for (address, one), (same, two) in zip(
         build_model(EXPERIMENT, 3).named_parameters(), other.named_parameters(), strict=True
     ):
@@ -44,12 +44,12 @@ def test_the_weights_do_not_depend_on_the_stages():
 
 def test_logits_do_not_depend_on_the_stages():
     tokens = torch.randint(48, (2, 12), generator=torch.Generator().manual_seed(0))
-    one, four = (build_model(EXPERIMENT, 3, n_stages=stages).logits(tokens) for stages in (1, 4))
+    one, four = (build_model(EXPERIMENT, 3, parallel=on_one(stages)).logits(tokens) for stages in (1, 4))
     assert torch.equal(one, four)
 
 
 def test_each_block_is_in_one_stage_and_the_ends_have_the_rest():
-    model = build_model(EXPERIMENT, device="meta", n_stages=3)
+    model = build_model(EXPERIMENT, device="meta", parallel=on_one(3))
     batch = EXPERIMENT.data.build(EXPERIMENT.train, 48).batch(Progress(), 1)
     names = [[phase.name for phase in model.phases(stage, batch, Progress())] for stage in range(3)]
     assert [stage.count("attend") for stage in names] == [2, 1, 1 + 2]  # two of them are of multi-token prediction
@@ -60,4 +60,4 @@ def test_each_block_is_in_one_stage_and_the_ends_have_the_rest():
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match="4 layers do not make 5 stages"):
-        build_model(EXPERIMENT, device="meta", n_stages=5)
+        build_model(EXPERIMENT, device="meta", parallel=on_one(5))

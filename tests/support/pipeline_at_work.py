@@ -1,11 +1,11 @@
-"""A rank of a pipeline: imported by the processes of the tests that run one."""
+"""One step of every pipeline, all its ranks in one process."""
 
 import torch
 from tiny import exact
-from torch import distributed
 
 from tangram.core.context import Parallel
 from tangram.core.executor import Executor
+from tangram.core.layout import Layout
 from tangram.core.model import build_model
 from tangram.core.plan import Plan
 from tangram.core.records import Progress
@@ -34,29 +34,18 @@ def experiment(layers: int, sequences: int):
     return exact(f"model.blocks.1.repeat={layers - 1}", "objectives.mtp.depth=2", f"train.batch_sequences={sequences}")
 
 
-def step(plan: Plan, layers: int, rank: int = 0) -> Worked:
-    """Work one step as a rank of a plan, and return what it left here."""
+def on_one(stages: int) -> Parallel:
+    """Return where one rank holds all of so many stages."""
+    return Parallel(layout=Layout({(0, stage): 0 for stage in range(stages)}))
+
+
+def step(plan: Plan, layers: int) -> Worked:
+    """Work one step of a plan of one rank, and return what it left here."""
     sequences = sum(plan.microbatches)
-    wanted, parallel = experiment(layers, sequences), Parallel()
-    model = build_model(wanted, 3, parallel=parallel, n_stages=plan.stages)
+    wanted, parallel = experiment(layers, sequences), Parallel(layout=Layout(plan.place))
+    model = build_model(wanted, 3, parallel=parallel)
     data = wanted.data.build(wanted.train, wanted.model.vocab_size)
-    executor = Executor(model, lambda _: plan, 1, parallel.weight_grads, lambda: None, rank)
+    executor = Executor(model, lambda _: plan, 1, parallel, lambda: None)
     result = executor.run(data.batch(Progress(), sequences), Progress())
     gradients = {address: p.grad for address, p in model.named_parameters() if p.grad is not None}
     return dict(result.losses), result.load, gradients
-
-
-def ranks(rank: int, names: list[str], n: int, layers: int, sequences: int) -> dict[str, Worked]:
-    """Work one step of each pipeline on n ranks; the first returns the losses, the loads and all gradients."""
-    found = {}
-    for name in names:
-        plan = PIPELINES[name].schedule(n, sequences)
-        losses, load, gradients = step(plan, layers, rank)
-        everywhere: list[dict[str, torch.Tensor]] = [{} for _ in range(n)]
-        distributed.all_gather_object(everywhere, gradients)
-        summed: dict[str, torch.Tensor] = {}
-        for each in everywhere:
-            for address, gradient in each.items():
-                summed[address] = summed[address] + gradient if address in summed else gradient
-        found[name] = losses, load, summed
-    return found if rank == 0 else {}

@@ -1,7 +1,6 @@
 """Every law kills its mutants: components with one known fault, most of which shipped somewhere."""
 
 import pytest
-from all_reduce import AllReduceConfig
 from builders import SMALL_MLA, SMALL_MOE
 from corpus import tokens
 
@@ -12,6 +11,7 @@ from tangram.plugins.moe.local import LocalConfig
 from tangram.plugins.objectives.balance import SequenceBalanceConfig
 from tangram.plugins.objectives.mtp import MTPConfig
 from tangram.plugins.observers.ema import EMAConfig
+from tangram.plugins.parallel.replicate import ReplicateConfig
 from tangram.plugins.parallel.sequential import SequentialConfig
 from tangram.plugins.precision.full import FullConfig
 from tangram.plugins.training.adamw import AdamWConfig
@@ -81,8 +81,8 @@ class Sequential(PipelineContract):
     config = SequentialConfig()
 
 
-class AllReduce(ShardingContract):
-    config = AllReduceConfig()
+class Replicate(ShardingContract):
+    config = ReplicateConfig()
 
 
 class Tokens(DataContract):
@@ -105,7 +105,7 @@ TRIED: list[type[Contract]] = [
     AdamW,
     Skip,
     Sequential,
-    AllReduce,
+    Replicate,
     Tokens,
     EMA,
 ]

@@ -1,32 +1,72 @@
-"""Pipelines on real processes: what n ranks leave is what one leaves."""
+"""Any layout on real processes: two steps leave what they leave on one rank.
 
-import pipeline_at_work
+The first step alone would be blind: without the root of an inner stage's loss, without the sum over a tied embedding or
+over the replicas of a stage, its losses are right. So gradients are compared, and a second step.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
 import pytest
+import team_at_work
 import torch
+from team_at_work import Taken
 
-from tangram.core.plan import sequential
 from tangram.testing import assert_same_gradients, run_ranks
 
-
-def assert_the_step_of_one(found: pipeline_at_work.Worked, layers: int, sequences: int) -> None:
-    losses, load, gradients = pipeline_at_work.step(sequential(sequences), layers)
-    assert found[0] == {name: pytest.approx(value, rel=1e-13) for name, value in losses.items()}
-    assert torch.equal(found[1], load)
-    assert gradients.keys() == found[2].keys()
-    assert_same_gradients(found[2], gradients, length=sequences * 12 * 16)
+SEQUENCES = 16
+BATCH = f"train.batch_sequences={SEQUENCES}"
+LENGTH = SEQUENCES * 12 * 16
 
 
-def test_two_ranks_of_every_pipeline():
-    names = sorted(pipeline_at_work.PIPELINES)
-    found = run_ranks(pipeline_at_work.ranks, 2, names, 2, 4, 8)[0]
-    assert sorted(found) == names
-    for worked in found.values():
-        assert_the_step_of_one(worked, 4, 8)
+def on(pipeline: str, ranks: int, *overrides: str) -> tuple[str, ...]:
+    return (BATCH, f"parallel={{pipeline: {{use: {pipeline}}}, pipeline_ranks: {ranks}}}", *overrides)
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "sequences"), [("dualpipe", 4, 8), ("dualpipev", 8, 8), ("zero_bubble", 4, 6)]
-)
-def test_four_ranks(name, layers, sequences):
-    found = run_ranks(pipeline_at_work.ranks, 4, [name], 4, layers, sequences)[0]
-    assert_the_step_of_one(found[name], layers, sequences)
+@cache
+def alone(*overrides: str) -> list[Taken]:
+    return team_at_work.two_steps(0, 1, (BATCH, *overrides))
+
+
+def assert_the_steps_of_one(found: Sequence[Taken], one: Sequence[Taken]) -> None:
+    for number, (several, expected) in enumerate(zip(found, one, strict=True)):
+        # The second step's weights come from the first one's gradients over their root mean square.
+        bound = 1e-13 if number == 0 else 1e-10
+        assert several.losses == {name: pytest.approx(value, rel=bound) for name, value in expected.losses.items()}
+        assert torch.equal(several.load, expected.load)
+        assert math.isclose(several.norm, expected.norm, rel_tol=bound)
+        assert several.gradients.keys() == expected.gradients.keys()
+        if number == 0:
+            assert_same_gradients(several.gradients, expected.gradients, length=LENGTH)
+        for address, gradient in expected.gradients.items():
+            largest = float(gradient.abs().max())
+            error = float((several.gradients[address] - gradient).abs().max())
+            assert error <= bound * largest, f"step {number}: the gradient of {address} is off by {error / largest:.2g}"
+        assert several.biases.keys() == expected.biases.keys()
+        for layer, bias in expected.biases.items():
+            assert torch.equal(several.biases[layer], bias), f"step {number}: the biases of layer {layer}"
+
+
+def assert_all(ranks: int, cases: dict[str, Sequence[str]], *overrides: str) -> None:
+    found = run_ranks(team_at_work.several, ranks, ranks, {name: (*case, *overrides) for name, case in cases.items()})
+    assert found[0].keys() == cases.keys()
+    for taken in found[0].values():
+        assert_the_steps_of_one(taken, alone(*overrides))
+
+
+def test_two_ranks():
+    pipelines = ("gpipe", "one_f_one_b", "zero_bubble", "interleaved", "dualpipe", "dualpipev")
+    cases = {name: on(name, 2) for name in pipelines}
+    cases |= {"data": (BATCH,), "zero1": (BATCH, "parallel.sharding={use: zero1}")}
+    assert_all(2, cases)
+
+
+def test_four_ranks_and_recomputation():
+    cases = {
+        "zero_bubble": on("zero_bubble", 4),
+        "dualpipe": on("dualpipe", 4),
+        "one_f_one_b over data": on("one_f_one_b", 2, "parallel.sharding={use: zero1}"),
+        "dualpipe over data": on("dualpipe", 2, "parallel.sharding={use: zero1}"),
+    }
+    assert_all(4, cases, "model.recompute=selective")

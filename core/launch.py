@@ -1,0 +1,94 @@
+"""Runs on several ranks: how they are started, and how a process finds out which of them it is."""
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+from tangram.core.assembly import ALONE, Seat
+from tangram.core.terminal import FAILED, OK, STOPPED
+
+_RESTARTS = 5
+"""How often all ranks are started again after one of them died."""
+
+_PARTING = timedelta(seconds=20)
+"""How long a rank that ends waits for the others to end as well."""
+
+
+def take_seat() -> Seat:
+    """Return which rank this process is, by what torchrun told it, and join the others; alone where it told nothing."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return ALONE
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    return Seat(distributed.get_rank(), ranks, device)
+
+
+def restarted() -> bool:
+    """Return whether the ranks were started again because one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def leave(code: int) -> int:
+    """Part from the other ranks, and return the code.
+
+    A rank that alone has something to tell ends its process, so that the others do not wait for it.
+    """
+    if code != OK and distributed.is_initialized():
+        try:
+            aside = distributed.new_group(backend="gloo")
+            distributed.monitored_barrier(aside, timeout=_PARTING)
+        except RuntimeError:
+            sys.stderr.flush()
+            os._exit(code)
+    return code
+
+
+def launch(arguments: Sequence[str], nproc: int) -> int:
+    """Run the command line `arguments` in `nproc` processes under torchrun's agent; return the exit code.
+
+    If a process dies, all are started again and go on from the last checkpoint.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=_RESTARTS,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    try:
+        codes: dict[int, int] = elastic_launch(config, _work)(list(arguments))
+    except SignalException:
+        return STOPPED
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"rank {rank} died {_RESTARTS + 1} times (exit code {failure.exitcode})", file=sys.stderr)
+        return FAILED
+    return max(codes.values())
+
+
+def _work(arguments: list[str]) -> int:
+    """Be one rank."""
+    from tangram.core.cli import main
+
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return OK

@@ -1,0 +1,85 @@
+"""Two optimizer steps of the small V3 on any layout: imported by the processes of the tests that run one."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from attrs import frozen
+from tiny import exact
+from torch import Tensor
+
+from tangram.core.assembly import Seat, assemble, sequences_at
+from tangram.core.step import Trainer
+
+LAYERS = "model.blocks.1.repeat=3"  # four in all
+MTP = "objectives.mtp.depth=2"
+
+
+@frozen(eq=False)
+class Taken:
+    """What one step left, of all ranks.
+
+    Attributes:
+        losses: The losses by name.
+        load: Tokens per expert.
+        norm: The gradient norm.
+        gradients: Every parameter's, summed over its holders, before clipping.
+        biases: The expert biases after the step.
+    """
+
+    losses: Mapping[str, float]
+    load: Tensor
+    norm: float
+    gradients: Mapping[str, Tensor]
+    biases: Mapping[int, Tensor]
+
+
+def two_steps(rank: int, ranks: int, overrides: Sequence[str]) -> list[Taken]:
+    """Take two steps; the first rank returns what they left everywhere, the others nothing."""
+    run, taken = assemble(exact(LAYERS, MTP, *overrides), Seat(rank, ranks)), []
+    for bias in run.model.biases().values():  # so that the choice is not the unbiased one
+        bias.copy_(torch.linspace(-0.1, 0.1, len(bias)))
+    for _ in range(2):
+        now, layout = run.progress, run.parallel.layout
+        batch = run.data.batch(now, sequences_at(run.experiment, now, layout.data_ranks))
+        result = run.executor.run(batch, now)
+        gradients = _everywhere(run, _owned_gradients(run))
+        norm = run.sharding.clip(1.0).value
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.01
+        run.optimizer.step()
+        run.sharding.gather()
+        run.model.rebalance(result.load, now)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.model.zero_grad(set_to_none=True)
+        run.progress = now.after(batch)
+        found = [(f"{layer}", 0, bias.clone()) for layer, bias in run.model.biases().items()]
+        biases = {int(layer): bias for layer, bias in _everywhere(run, found, joined=False).items()}
+        taken.append(Taken(dict(result.losses), result.load, norm, gradients, biases))
+    return taken if rank == 0 else []
+
+
+def _owned_gradients(run: Trainer) -> list[tuple[str, int, Tensor]]:
+    """Return the gradients that this rank answers for, with the first expert of each share."""
+    owned, shares = run.sharding.owned(), run.model.shares()
+    return [
+        (address, shares[address].start if address in shares else 0, p.grad.clone())
+        for address, p in run.model.named_parameters()
+        if address in owned and p.grad is not None
+    ]
+
+
+def _everywhere(run: Trainer, here: list[tuple[str, int, Tensor]], joined: bool = True) -> dict[str, Tensor]:
+    """Return what all ranks have; shares of experts put together, and of equal things the first."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for address, start, tensor in run.parallel.groups.gather(here, range(run.parallel.layout.ranks)):
+        pieces = found.setdefault(address, {})
+        if start in pieces:
+            assert not joined, f"two ranks answer for {address}"
+            assert torch.equal(pieces[start], tensor), f"{address} differs among its holders"
+        pieces[start] = tensor
+    return {address: torch.cat([pieces[at] for at in sorted(pieces)]) for address, pieces in found.items()}
+
+
+def several(rank: int, ranks: int, cases: Mapping[str, Sequence[str]]) -> dict[str, list[Taken]]:
+    """Take two steps of each case on the same processes."""
+    return {name: two_steps(rank, ranks, overrides) for name, overrides in cases.items()}
