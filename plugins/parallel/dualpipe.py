@@ -116,10 +116,10 @@ def _order(slot: Callable[[int, int], Slot], edge: int, depth: int, pairs: int, 
 def _bubble(depth: int, costs: Costs) -> float | None:
     """Return (P/2 - 1)(FB + B - 3W), the bubble of the ranks in the middle.
 
-    It holds where F = I, W is no longer, and a pair is no longer than its parts.
+    It holds where F = I, W is no longer, and a pair is between its longer part and both parts.
     """
-    slow = costs.pair > costs.forward + costs.backward
-    if costs.latency or slow or costs.forward != costs.input or costs.weight > costs.forward:
+    between = costs.backward <= costs.pair <= costs.forward + costs.backward
+    if costs.latency or not between or costs.forward != costs.input or costs.weight > costs.forward:
         return None
     return (depth - 1) * (costs.pair + costs.backward - 3 * costs.weight)
 

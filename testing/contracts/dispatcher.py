@@ -1,6 +1,7 @@
 """What every dispatcher owes: each token to each of its experts once, and home weighed by its gates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count, cycle, product
 from typing import Any, ClassVar
 
 import torch
@@ -144,7 +145,6 @@ class DispatcherContract(Contract):
 
     @law(
         requires="ranks",
-        data=st.data(),
         kills=[
             mutants.loses_a_token,
             mutants.doubles_a_token,
@@ -154,10 +154,10 @@ class DispatcherContract(Contract):
             mutants.turns_round_the_rows_of_an_expert,
         ],
     )
-    def ranks_do_what_one_does(self, config: Any, data: st.DataObject) -> None:
+    def ranks_do_what_one_does(self, config: Any) -> None:
         """Whatever tokens each rank has, experts are given and make of them what one rank gives all, in its order."""
-        spreads = self._spreads(config, data)
-        found = run_ranks(_together, self.ranks, self.ranks, config, spreads)
+        spreads = self._spreads(config)
+        found = run_ranks(_together, self.ranks, self.ranks, [config], spreads)
         for spread, parts in zip(spreads, zip(*found, strict=True), strict=True):
             x, gates, factors = (each.clone().requires_grad_() for each in (spread.x, spread.gates, spread.factors))
             rows = torch.cat([x[(spread.ids == expert).any(1)] for expert in range(len(factors))])
@@ -183,25 +183,25 @@ class DispatcherContract(Contract):
         alone = torch.cat([dispatcher.dispatch(row, ids[:1]).rows for row in x.split(1)])
         assert torch.equal(alone, arrived), "how a row is rounded depends on the others"
 
-    @law(requires="wire", data=st.data(), kills=[mutants.shares_a_scale])
-    def ranks_round_as_one_does(self, config: Any, data: st.DataObject) -> None:
+    @law(requires="wire", kills=[mutants.shares_a_scale])
+    def ranks_round_as_one_does(self, config: Any) -> None:
         """Whatever the wire, several ranks give what one does; sums that go home in parts may be rounded for each."""
         ranks = self.ranks if "ranks" in self.capabilities() else 1
-        spreads = self._spreads(config, data)
-        for wire in ("bf16", "fp8"):
-            wired = _wired(config, wire)
-            alone = _together(0, 1, wired, spreads)
-            found = run_ranks(_together, ranks, ranks, wired, spreads)
-            for expected, parts in zip(alone, zip(*found, strict=True), strict=True):
-                expected.compare(_Sent.of(parts), summed=torch.bfloat16)
+        spreads, wired = self._spreads(config), [_wired(config, wire) for wire in ("bf16", "fp8")]
+        alone = _together(0, 1, wired, spreads)
+        found = run_ranks(_together, ranks, ranks, wired, spreads)
+        for expected, parts in zip(alone, zip(*found, strict=True), strict=True):
+            expected.compare(_Sent.of(parts), summed=torch.bfloat16)
 
-    def _spreads(self, config: Any, data: st.DataObject) -> list["_Spread"]:
-        """Draw what ranks do in one go, as they take a while to start."""
+    def _spreads(self, config: Any) -> list["_Spread"]:
+        """Return what ranks do in one go, as they take a while to start."""
         try:
             _make(config, 0, self.ranks, self.ranks)
         except ValueError:
             reject()
-        return data.draw(st.lists(_spreads(self.ranks), min_size=8, max_size=8), "spreads")
+        shares, choices = cycle((1, 3)), cycle((1, 2, None))
+        cases = zip(product(_SKEWS, _CUTS), shares, choices, count(step=10), strict=False)
+        return [_spread(self.ranks, *skewed, share, top_k, seed) for skewed, share, top_k, seed in cases]
 
     def _sent(self, routing: Routing, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens, ids and gates."""
@@ -242,56 +242,60 @@ def _make(config: Any, rank: int, ranks: int, n_experts: int) -> Any:
     return config.build(evolve(context(_WIDTH), parallel=parallel), n_experts)
 
 
+_SKEWS = (0.0, 0.3, 100.0, -100.0)
+"""How much more each expert is wanted than the next one: the same by all tokens if it is large."""
+
+_CUTS: tuple[Callable[[int, int, int], int], ...] = (
+    lambda rank, ranks, n: rank * n // ranks,
+    lambda rank, ranks, n: n if rank else 0,
+    lambda rank, ranks, n: n * (rank // ranks),
+    lambda rank, ranks, n: min(rank, n),
+)
+"""At which of n tokens a rank begins: all have as many; the first or the last has all; the last all but one each."""
+
+
 @frozen(eq=False)
 class _Spread:
     """Tokens of several ranks.
 
     Attributes:
         ids: Experts of all tokens [N, K].
+        ends: Where each rank's tokens begin, and the last one's end.
+        x: The tokens [N, D].
         gates: Their gates [N, K].
-        n_experts: Experts E.
-        ends: After which token each rank but the last one ends; some may have none.
-        seed: Of the rest.
+        factors: What each expert multiplies its rows by [E, D].
+        direction: The gradient at what comes home [N, D].
     """
 
     ids: Tensor
-    gates: Tensor
-    n_experts: int
     ends: Sequence[int]
-    seed: int
-
-    @property
-    def x(self) -> Tensor:
-        """The tokens [N, D]."""
-        return normal(len(self.ids), _WIDTH, seed=self.seed)
-
-    @property
-    def direction(self) -> Tensor:
-        """The gradient at what comes home [N, D]."""
-        return normal(len(self.ids), _WIDTH, seed=self.seed + 1)
-
-    @property
-    def factors(self) -> Tensor:
-        """What each expert multiplies its rows by [E, D]."""
-        return normal(self.n_experts, _WIDTH, seed=self.seed + 2)
+    x: Tensor
+    gates: Tensor
+    factors: Tensor
+    direction: Tensor
 
     @property
     def counts(self) -> Tensor:
         """Rows of each expert [E]."""
-        return torch.bincount(self.ids.flatten(), minlength=self.n_experts)
+        return torch.bincount(self.ids.flatten(), minlength=len(self.factors))
 
     def of(self, rank: int, ranks: int) -> slice:
-        """Return which tokens are a rank's."""
-        ends = [0, *self.ends, len(self.ids)] if ranks > 1 else [0, len(self.ids)]
-        return slice(ends[rank], ends[rank + 1])
+        """Return which tokens are a rank's: all of them if it is alone."""
+        return slice(self.ends[rank], self.ends[rank + 1]) if ranks > 1 else slice(None)
 
 
-@st.composite
-def _spreads(draw: st.DrawFn, ranks: int) -> _Spread:
-    routing = draw(routings(st.sampled_from([ranks, 2 * ranks, 3 * ranks])))
-    n = len(routing.ids)
-    ends = sorted(draw(st.lists(st.integers(0, n), min_size=ranks - 1, max_size=ranks - 1)))
-    return _Spread(routing.ids, routing.gates.detach(), routing.stats.load.shape[1], ends, draw(seeds()))
+def _spread(
+    ranks: int, skew: float, cut: Callable[[int, int, int], int], share: int, top_k: int | None, seed: int
+) -> _Spread:
+    """Return tokens for so many experts on each rank; without `top_k` every token chooses all of them."""
+    n_experts, n = ranks * share, 7
+    k = min(n_experts, top_k or n_experts)
+    wanted = normal(n, n_experts, seed=seed) - skew * torch.arange(n_experts)
+    ends = [cut(rank, ranks, n) for rank in range(ranks + 1)]
+    ends[-1] = n
+    shapes = ((n, _WIDTH), (n, k), (n_experts, _WIDTH), (n, _WIDTH))
+    drawn = (normal(*shape, seed=seed + number) for number, shape in enumerate(shapes, start=1))
+    return _Spread(wanted.topk(k).indices, ends, *drawn)
 
 
 @frozen(eq=False)
@@ -324,15 +328,15 @@ class _Sent:
         assert_close(found.of_factors, self.of_factors, length=length, msg="the gradient of experts")
 
 
-def _together(rank: int, ranks: int, config: Any, spreads: Sequence[_Spread]) -> list[_Sent]:
-    """Send this rank's tokens of each spread, and return what became of them."""
-    return [_there_and_back(rank, ranks, config, spread) for spread in spreads]
+def _together(rank: int, ranks: int, configs: Sequence[Any], spreads: Sequence[_Spread]) -> list[_Sent]:
+    """Send this rank's tokens of each spread by each config, and return what became of them."""
+    return [_there_and_back(rank, ranks, config, spread) for config in configs for spread in spreads]
 
 
 def _there_and_back(rank: int, ranks: int, config: Any, spread: _Spread) -> _Sent:
-    dispatcher, mine = _make(config, rank, ranks, spread.n_experts), spread.of(rank, ranks)
+    dispatcher, mine = _make(config, rank, ranks, len(spread.factors)), spread.of(rank, ranks)
     x, gates = (each[mine].clone().requires_grad_() for each in (spread.x, spread.gates))
-    share = Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank).share(spread.n_experts)
+    share = Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank).share(len(spread.factors))
     factors = spread.factors[share.start : share.stop].clone().requires_grad_()
     rows = dispatcher.dispatch(x, spread.ids[mine])
     worked = rows.rows * factors.repeat_interleave(rows.counts, 0)
