@@ -64,6 +64,9 @@ def assemble(experiment: Experiment, seat: Seat = ALONE, *, trains: bool = True)
     model = build_model(experiment, train.seed, seat.device, parallel)
     sharding = built("parallel.sharding", experiment.parallel.sharding.build, parallel)
     parameters = built("parallel.sharding", sharding.attach, model)
+    if layout.ranks > 1:
+        parallel.groups.want(range(layout.ranks))
+        parallel.groups.open()
     return Trainer(
         experiment=experiment,
         model=model,

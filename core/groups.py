@@ -9,21 +9,40 @@ _T = TypeVar("_T")
 
 
 class Groups:
-    """Makes each group once. All its members must ask for their common groups in one order."""
+    """The groups that pieces of a rank want. They are made all at once, by all ranks: those of others too.
+
+    Ranks that made groups by themselves, each in its own order, would wait for each other for ever.
+    """
 
     def __init__(self) -> None:
+        self._wanted: set[tuple[int, ...]] = set()
         self._made: dict[tuple[int, ...], distributed.ProcessGroup] = {}
 
+    def want(self, ranks: Sequence[int]) -> None:
+        """Say that this rank will talk in the group of these ranks."""
+        if len(ranks) > 1:
+            self._wanted.add(tuple(ranks))
+
+    def open(self) -> None:
+        """Make the groups that any rank wants and that are not made yet; all ranks must call this at once."""
+        wanted: list[set[tuple[int, ...]]] = [set() for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(wanted, self._wanted)
+        for ranks in sorted(set[tuple[int, ...]]().union(*wanted)):
+            self._made[ranks] = distributed.new_group(list(ranks))
+        self._wanted.clear()
+
     def of(self, ranks: Sequence[int]) -> distributed.ProcessGroup:
-        """Return the group of these ranks, of which this must be one."""
+        """Return the group of these ranks, of which this must be one; on first use those that are wanted are made."""
         key = tuple(ranks)
         if key not in self._made:
-            self._made[key] = _group(ranks)
+            self._wanted.add(key)
+            self.open()
         return self._made[key]
 
-    def aside(self, ranks: Sequence[int]) -> distributed.ProcessGroup:
-        """Return one more group of these ranks, for a thread of its own; all of them must ask at once."""
-        return _group(ranks, "gloo")
+    def aside(self) -> distributed.ProcessGroup:
+        """Return one more group of all ranks, for a thread of its own; all of them must ask at once."""
+        made: distributed.ProcessGroup = distributed.new_group(backend="gloo")
+        return made
 
     def sum(self, tensor: Tensor, ranks: Sequence[int]) -> Tensor:
         """Sum a tensor over ranks, in place, and return it; nothing is to be done for one rank."""
@@ -45,8 +64,3 @@ class Groups:
             distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.of(ranks))
         return values
 
-
-def _group(ranks: Sequence[int], backend: str | None = None) -> distributed.ProcessGroup:
-    # Only members take part: two thousand ranks do not wait for each other's groups.
-    made: distributed.ProcessGroup = distributed.new_group(list(ranks), backend=backend, use_local_synchronization=True)
-    return made

@@ -43,8 +43,7 @@ def leave(code: int) -> int:
     """
     if code != OK and distributed.is_initialized():
         try:
-            aside = distributed.new_group(backend="gloo")
-            distributed.monitored_barrier(aside, timeout=_PARTING)
+            distributed.monitored_barrier(timeout=_PARTING)  # only gloo has one
         except RuntimeError:
             sys.stderr.flush()
             os._exit(code)

@@ -137,7 +137,7 @@ def _session(run: Trainer, directory: Path, observers: Mapping[str, object]) -> 
     train, groups, layout = run.experiment.train, run.parallel.groups, run.parallel.layout
     everyone, team = range(layout.ranks), None
     if layout.ranks > 1:  # files are written in a thread, beside the messages of the steps
-        aside = groups.aside(everyone)
+        aside = groups.aside()
         team = Team(layout.rank, layout.ranks, lambda said: groups.gather(said, everyone, aside))
         if layout.rank:
             observers = {name: each for name, each in observers.items() if isinstance(each, Averaging)}

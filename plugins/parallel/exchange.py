@@ -40,6 +40,9 @@ class Peers:
     ranks: tuple[int, ...]
     groups: Groups
 
+    def __attrs_post_init__(self) -> None:
+        self.groups.want(self.ranks)
+
     def swap(self, tensor: Tensor, sent: Sequence[int] | None = None, received: Sequence[int] | None = None) -> Tensor:
         """Give each peer its part of the first dimension, and return what they gave, in their order.
 

@@ -41,6 +41,8 @@ def buckets(model: Model, parallel: Parallel) -> list[Bucket]:
     found, experts = defaultdict[tuple[int, ...], list[Named]](list), model.shares()
     for address, parameter in model.named_parameters():
         found[parallel.layout.holders(model.stages_of(address), address in experts)].append((address, parameter))
+    for ranks in found:
+        parallel.groups.want(ranks)
     return [Bucket(ranks, tuple(found[ranks])) for ranks in sorted(found)]
 
 
