@@ -17,7 +17,7 @@ from tangram.plugins.objectives.mtp import MTP
 def _verdicts(*overrides: str, steps: int = MIN_STEPS) -> dict[str, Piece]:
     run = assemble(tiny("train.batch_sequences=2", "train.micro_sequences=2", *overrides))
     liveness = Liveness()
-    liveness.begin(run.model)
+    liveness.begin(run.model.experts, {layer: bias.tolist() for layer, bias in run.model.biases().items()})
     for _ in range(steps):
         weights = run.model.weights(run.progress)
         liveness.observe(train_step(run, _batch(run)), weights)

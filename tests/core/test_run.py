@@ -127,11 +127,11 @@ def test_the_batch_follows_its_curve_in_multiples_of_the_micro_batch() -> None:
     experiment = tiny(curve, "train.micro_sequences=2")
     sizes = [sequences_at(experiment, Progress(tokens=tokens)) for tokens in (0, 300, 600, 900, 1200)]
     assert sizes == [2, 4, 6, 8, 8]  # 9 rounds to the even multiple
-    assert rehearse(experiment) > 0
+    assert rehearse(experiment).steps > 0
 
 
 def test_rehearsing_counts_the_steps_that_training_takes(uninterrupted: tuple[Experiment, Path]) -> None:
-    assert rehearse(uninterrupted[0]) == 10
+    assert rehearse(uninterrupted[0]).steps == 10
 
 
 def _broken_weight(run: Trainer) -> str:

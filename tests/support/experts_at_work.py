@@ -1,0 +1,132 @@
+"""A rank of several that share out the experts of a feed-forward: imported by the processes of the tests that run one."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from tangram.core.context import Context, Parallel
+from tangram.core.contracts import DispatcherConfig, Precision, PrecisionConfig
+from tangram.core.layout import Layout
+from tangram.core.model import initialize
+from tangram.core.records import Dispatched, Routing
+from tangram.kernels import use
+from tangram.plugins.moe.balancers import AuxFreeConfig
+from tangram.plugins.moe.group_limited import GroupLimitedConfig
+from tangram.plugins.moe.moe import MoE, MoEConfig
+from tangram.plugins.parallel.hierarchical import Hops
+from tangram.plugins.precision.fp8 import FP8Config
+from tangram.plugins.precision.full import FullConfig
+from tangram.testing.samples import normal
+
+EXPERTS, TOP_K, GROUPS, TOP_GROUPS, LENGTH = 8, 3, 4, 2, 2
+
+FULL = FullConfig(compute="float64")
+FP8 = FP8Config(compute="float32")
+
+
+@frozen(eq=False)
+class Case:
+    """What the ranks have.
+
+    Attributes:
+        sequences: Sequences of each rank.
+        skew: How much more the router is told to want each expert than the next one.
+        seed: Of tokens and weights.
+    """
+
+    sequences: Sequence[int]
+    skew: float
+    seed: int
+
+
+def parallel_of(rank: int, ranks: int) -> Parallel:
+    """Return the surroundings of one of the ranks that share out the experts."""
+    return Parallel(layout=Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank))
+
+
+def moe(rank: int, ranks: int, dispatcher: DispatcherConfig, precision: Precision, case: Case, dim: int) -> MoE:
+    """Return a rank's share of the feed-forward, its weights drawn and its router biased."""
+    router = GroupLimitedConfig(top_k=TOP_K, n_groups=GROUPS, top_groups=TOP_GROUPS, gate_scale=2.5)
+    config = MoEConfig(
+        n_experts=EXPERTS, n_shared=1, hidden=dim, router=router, balancer=AuxFreeConfig(), dispatcher=dispatcher
+    )
+    built = config.build(Context(dim=dim, init_std=0.3, precision=precision, parallel=parallel_of(rank, ranks)))
+    assert isinstance(built, MoE)
+    initialize(built, case.seed)
+    built.balancer.bias().copy_(-case.skew * torch.arange(EXPERTS))
+    return built
+
+
+def gradients(
+    rank: int, ranks: int, dispatcher: DispatcherConfig, case: Case, dim: int = 6
+) -> tuple[dict[str, Tensor], Tensor, int]:
+    """Return what a rank's tokens become and all gradients, the experts that they chose, and copies that left a node."""
+    feedforward = moe(rank, ranks, dispatcher, FULL.build(), case, dim)
+    mine = _rows(rank, ranks, case)
+    total = sum(case.sequences)
+    x = normal(total, LENGTH, dim, seed=case.seed)[mine].requires_grad_()
+    dispatched = feedforward.dispatch(feedforward.route(x))
+    hidden, stats = feedforward.combine(feedforward.compute(dispatched))
+    hidden.backward(normal(total, LENGTH, dim, seed=case.seed + 1)[mine])
+    assert stats is not None
+    assert dispatched.rows is not None
+    found = {name: parameter.grad for name, parameter in feedforward.named_parameters()}
+    found |= {"hidden": hidden.detach(), "x": x.grad}
+    handle = dispatched.rows.handle
+    crossed = handle.crossed if isinstance(handle, Hops) else 0
+    return {name: _given(each) for name, each in found.items()}, stats.ids.flatten(0, 1), crossed
+
+
+def put_together(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what all ranks have of one feed-forward: tokens and experts one after the other, the rest summed."""
+    whole = {}
+    for name in found[0]:
+        parts = [each[name] for each in found]
+        own = name in ("hidden", "x", "gates", "gate_up.weight", "down.weight")
+        whole[name] = torch.cat(parts) if own else torch.stack(parts).sum(0)
+    return whole
+
+
+def all_gradients(rank: int, ranks: int, dispatchers: Sequence[DispatcherConfig], cases: Sequence[Case]) -> list:
+    """Return the gradients of each case with each dispatcher."""
+    return [[gradients(rank, ranks, dispatcher, case) for dispatcher in dispatchers] for case in cases]
+
+
+def in_fp8(
+    rank: int, ranks: int, dispatchers: Sequence[DispatcherConfig], precision: PrecisionConfig, case: Case
+) -> list[dict[str, Tensor]]:
+    """Return what becomes of tokens that the same routing sends to experts of wide rows, and its gradients."""
+    return [_routed(rank, ranks, dispatcher, precision, case) for dispatcher in dispatchers]
+
+
+def _routed(
+    rank: int, ranks: int, dispatcher: DispatcherConfig, precision: PrecisionConfig, case: Case
+) -> dict[str, Tensor]:
+    dim, mine = 144, _rows(rank, ranks, case)
+    feedforward = moe(rank, ranks, dispatcher, precision.build(), case, dim)
+    feedforward.shared = None  # it would only add up in another order
+    alone = moe(0, 1, dispatcher, FULL.build(), case, dim)
+    x, direction = (normal(sum(case.sequences), LENGTH, dim, seed=case.seed + i, dtype=torch.float32) for i in (0, 1))
+    routing = alone.router(x.double(), alone.balancer.bias())
+    ids, gates = (each.unflatten(0, (-1, LENGTH))[mine].flatten(0, 1) for each in (routing.ids, routing.gates.float()))
+    gates, x = gates.detach().requires_grad_(), x[mine].requires_grad_()
+    routed = evolve(routing, ids=ids, gates=gates)
+    with use("reference"):
+        sent = feedforward.dispatch(Dispatched(hidden=x, routing=routed))
+        out = feedforward.combine(feedforward.compute(sent)).hidden
+        out.backward(direction[mine])
+    experts = {name: _given(feedforward.get_parameter(name).grad) for name in ("gate_up.weight", "down.weight")}
+    return {"hidden": out.detach(), "x": _given(x.grad), "gates": _given(gates.grad), **experts}
+
+
+def _rows(rank: int, ranks: int, case: Case) -> slice:
+    if ranks == 1:
+        return slice(None)
+    return slice(sum(case.sequences[:rank]), sum(case.sequences[: rank + 1]))
+
+
+def _given(grad: Tensor | None) -> Tensor:
+    assert grad is not None
+    return grad
