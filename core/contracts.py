@@ -237,12 +237,23 @@ class Dispatcher(Protocol):
 
 
 class Shared:
-    """What token objectives borrow from the trunk: the embedding, the final norm and the head."""
+    """What token objectives borrow from the trunk: the final norm and the head, and the embedding if any `embeds`."""
 
-    def __init__(self, embedding: "Embedding", norm: nn.Module, head: "Head") -> None:
-        self.embedding = embedding
+    def __init__(self, embedding: "Embedding | None", norm: nn.Module, head: "Head") -> None:
+        self._embedding = embedding
         self.norm = norm
         self.head = head
+
+    @property
+    def embedding(self) -> "Embedding":
+        """The embedding.
+
+        Raises:
+            RuntimeError: The rank does not hold it, as no objective says that it reads it.
+        """
+        if self._embedding is None:
+            raise RuntimeError("the last stage holds no embedding: an objective that reads it says `embeds = True`")
+        return self._embedding
 
 
 class Embedding(nn.Module, ABC):

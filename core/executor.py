@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tangram.core.channels import Channels
 from tangram.core.context import Parallel
+from tangram.core.islands import Link, back, cut
 from tangram.core.lowering import Instruction, Lowered, Receive, Reduce, Send, check, lower, needed
 from tangram.core.plan import Action, Op, Plan, Slot, validate
 from tangram.core.records import Batch, Carry, Phase, Progress, Result
@@ -53,6 +54,8 @@ class _Live:
 
     entry: Tensor | None
     carry: Carry
+    islands: list[tuple[str, list[Link]]] = field(factory=list)  # each with the lane of the phase before the cut
+    lane: str = "compute"  # of the last phase
     pending: list[Callable[[], None]] = field(factory=list)
 
 
@@ -155,6 +158,7 @@ class _Step:
         self.losses: dict[str, list[Tensor]] = {}
         self.load = torch.zeros(program.load_shape, dtype=torch.int64, device=batch.tokens.device)
         self.peak = 0
+        self.cut = {action.other for rank in plan.actions for action in rank if action.other is not None}
 
     def waiting(self, backward: bool) -> dict[Slot, Tensor]:
         """Return what waits for the slots that need it: hidden states, or their gradients."""
@@ -163,34 +167,38 @@ class _Step:
     def do(self, action: Action) -> None:
         match action.op:
             case Op.FORWARD:
-                self._forward(action.slot)
+                _side_by_side(self._forward(action.slot))
             case Op.BACKWARD:
-                self._backward(action.slot)
+                _side_by_side(self._backward(action.slot))
             case Op.INPUT_BACKWARD:
                 with self.parallel.weight_grads.deferred() as pending:
-                    live = self._backward(action.slot)
-                live.pending = pending
-                self.live[action.slot] = live
+                    _side_by_side(self._backward(action.slot))
+                self.live[action.slot] = _Live(None, Carry(), pending=pending)
             case Op.WEIGHT_BACKWARD:
                 for add in self.live.pop(action.slot).pending:
                     add()
             case Op.OVERLAP:
-                for part in action.parts:
-                    self.do(part)
+                assert action.other is not None
+                _side_by_side(self._forward(action.slot), self._backward(action.other))
 
     def micro(self, slot: Slot) -> Batch:
         """Return the micro-batch of a slot."""
         start = self.plan.index(slot) * self.micro_sequences
         return self.batch.rows(start, start + self.micro_sequences)
 
-    def _forward(self, slot: Slot) -> None:
+    def _forward(self, slot: Slot) -> Iterator[str]:
+        """Work a slot forward, and before each phase yield its lane."""
         entry = None
         if slot.stage > 0:
             entry = self.outputs.pop(slot).detach()
             entry.requires_grad_(torch.is_grad_enabled())
-        carry = Carry(hidden=entry)
+        carry, islands, lane = Carry(hidden=entry), list[tuple[str, list[Link]]](), ""
         for phase in self.program.phases(slot.stage, self.micro(slot), self.now):
-            carry = phase.fn(carry)
+            yield phase.lane
+            if lane and slot in self.cut:
+                carry, links = cut(carry)
+                islands.append((lane, links))
+            carry, lane = phase.fn(carry), phase.lane
         for layer, stats in carry.stats:
             counts = stats.load.sum(0)
             self.load[layer, : len(counts)] += counts
@@ -200,21 +208,25 @@ class _Step:
             assert carry.hidden is not None
             self.outputs[evolve(slot, stage=slot.stage + 1)] = carry.hidden
         if torch.is_grad_enabled():
-            self.live[slot] = _Live(entry, carry)
+            self.live[slot] = _Live(entry, carry, islands, lane)
             self.peak = max(self.peak, len(self.live))
 
-    def _backward(self, slot: Slot) -> _Live:
+    def _backward(self, slot: Slot) -> Iterator[str]:
+        """Work a slot backward, and before each phase yield its lane: all phases at once where they are not cut."""
         live = self.live.pop(slot)
+        yield live.lane
         roots, grads = [], []
         for root, grad in self._roots(slot, live.carry):
             if root.requires_grad:
                 roots.append(root)
                 grads.append(grad)
         torch.autograd.backward(roots, grads)
+        while live.islands:  # the graph of each goes with it; what W still needs is held by its closures
+            lane, links = live.islands.pop()
+            yield lane
+            back(links)
         if live.entry is not None and live.entry.grad is not None:
             self.grads[evolve(slot, stage=slot.stage - 1)] = live.entry.grad
-        # The graph goes with the carry; what W still needs is held by its closures.
-        return _Live(None, Carry())
 
     def _roots(self, slot: Slot, carry: Carry) -> Iterator[tuple[Tensor, Tensor]]:
         for name, loss in carry.losses:
@@ -237,3 +249,19 @@ class _Step:
         losses = {name: value for name, value, some in zip(names, values, values[len(names) :], strict=False) if some}
         total = sum(self.weights[name] * value for name, value in losses.items())
         return Result(losses=losses, total=total, load=load, peak_live=self.peak)
+
+
+def _side_by_side(*works: Iterator[str]) -> None:
+    """Take works phase by phase in turn; of phases that are next, those that compute are issued first.
+
+    A work yields the lane of its next phase, and does that phase when asked for the one after it. On a device, what
+    communicates then runs while what was issued before it computes.
+    """
+    lanes = {work: lane for work in works if (lane := next(work, None)) is not None}
+    while lanes:
+        for work in sorted(lanes, key=lambda work: lanes[work] != "compute"):
+            lane = next(work, None)
+            if lane is None:
+                del lanes[work]
+            else:
+                lanes[work] = lane

@@ -63,4 +63,3 @@ class Groups:
         if len(ranks) > 1:
             distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self.of(ranks))
         return values
-

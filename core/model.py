@@ -129,7 +129,7 @@ class Model(nn.Module):
     @property
     def shared(self) -> Shared:
         """What token objectives borrow."""
-        assert self.embedding is not None and self.norm is not None and self.head is not None
+        assert self.norm is not None and self.head is not None
         return Shared(self.embedding, self.norm, self.head)
 
     @property

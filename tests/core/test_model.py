@@ -4,9 +4,10 @@ from tiny import exact, tiny, trainer
 from torch import nn
 
 from tangram.core import build_model
-from tangram.core.context import BuildError
+from tangram.core.context import BuildError, Parallel
+from tangram.core.layout import Layout
 from tangram.core.model import initialize
-from tangram.core.records import Progress
+from tangram.core.records import Carry, Progress
 from tangram.testing import assert_close
 
 
@@ -104,6 +105,20 @@ def test_an_objective_of_weight_zero_runs_no_phase() -> None:
     phases = [phase.name for phase in weightless.phases(0, batch, Progress())]
     assert "join" not in phases
     assert "routing" not in phases
+
+
+def test_the_last_stage_needs_an_embedding_only_where_an_objective_reads_it() -> None:
+    last = Parallel(layout=Layout({(0, 0): 0, (0, 1): 1}, rank=1))
+    experiment = tiny("objectives.mtp=null")
+    model = build_model(experiment, parallel=last)
+    batch = experiment.data.build(experiment.train, 48).batch(Progress(), 1)
+    carry = Carry(hidden=torch.randn(1, 12, 16))
+    for phase in model.phases(1, batch, Progress()):
+        carry = phase.fn(carry)
+    assert "next_token" in dict(carry.losses)
+    with pytest.raises(RuntimeError, match="embeds = True"):
+        model.shared.embedding(batch.tokens)
+    assert build_model(tiny(), parallel=last).shared.embedding(batch.tokens).shape == (1, 12, 16)
 
 
 def test_what_cannot_be_built_is_named_by_its_path() -> None:

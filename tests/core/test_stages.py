@@ -4,6 +4,7 @@ import pytest
 import torch
 from pipeline_at_work import PIPELINES, SEQUENCES, Worked, experiment, on_one, step
 
+from tangram.core import executor
 from tangram.core.model import build_model
 from tangram.core.plan import sequential
 from tangram.core.records import Progress
@@ -61,3 +62,25 @@ def test_each_block_is_in_one_stage_and_the_ends_have_the_rest():
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match="4 layers do not make 5 stages"):
         build_model(EXPERIMENT, device="meta", parallel=on_one(5))
+
+
+def test_a_pair_side_by_side_is_one_after_the_other_bit_for_bit(monkeypatch):
+    plan = on_one_rank(PLANS["dualpipe"])
+    pairs = step(plan, LAYERS)
+    monkeypatch.setattr(executor, "_side_by_side", lambda *works: [list(work) for work in works])
+    in_turn = step(plan, LAYERS)
+    assert pairs[0] == in_turn[0]
+    assert torch.equal(pairs[1], in_turn[1])
+    assert all(torch.equal(gradient, in_turn[2][address]) for address, gradient in pairs[2].items())
+
+
+def test_the_phases_of_a_pair_take_turns_and_what_computes_is_issued_first():
+    done = []
+
+    def work(name, lanes):
+        for number, lane in enumerate(lanes):
+            yield lane
+            done.append(f"{name}{number}")
+
+    executor._side_by_side(work("f", ["compute", "comm", "compute"]), work("b", ["comm", "compute", "comm", "comm"]))
+    assert done == ["f0", "b0", "b1", "f1", "f2", "b2", "b3"]

@@ -1,4 +1,4 @@
-"""A rank of several that share out the experts of a feed-forward: imported by the processes of the tests that run one."""
+"""A rank of several that share out the experts of a feed-forward: imported by the processes of the tests."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from tangram.core.context import Context, Parallel
 from tangram.core.contracts import DispatcherConfig, Precision, PrecisionConfig
 from tangram.core.layout import Layout
 from tangram.core.model import initialize
-from tangram.core.records import Dispatched, Routing
+from tangram.core.records import Dispatched
 from tangram.kernels import use
 from tangram.plugins.moe.balancers import AuxFreeConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
@@ -40,32 +40,36 @@ class Case:
     skew: float
     seed: int
 
+    def of(self, parallel: Parallel) -> slice:
+        """Return which sequences are a rank's: all of them if it is alone."""
+        if parallel.layout.ranks == 1:
+            return slice(None)
+        ends = sum(self.sequences[: parallel.layout.rank]), sum(self.sequences[: parallel.layout.rank + 1])
+        return slice(*ends)
+
 
 def parallel_of(rank: int, ranks: int) -> Parallel:
     """Return the surroundings of one of the ranks that share out the experts."""
     return Parallel(layout=Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank))
 
 
-def moe(rank: int, ranks: int, dispatcher: DispatcherConfig, precision: Precision, case: Case, dim: int) -> MoE:
+def moe(parallel: Parallel, dispatcher: DispatcherConfig, precision: Precision, case: Case, dim: int) -> MoE:
     """Return a rank's share of the feed-forward, its weights drawn and its router biased."""
     router = GroupLimitedConfig(top_k=TOP_K, n_groups=GROUPS, top_groups=TOP_GROUPS, gate_scale=2.5)
     config = MoEConfig(
         n_experts=EXPERTS, n_shared=1, hidden=dim, router=router, balancer=AuxFreeConfig(), dispatcher=dispatcher
     )
-    built = config.build(Context(dim=dim, init_std=0.3, precision=precision, parallel=parallel_of(rank, ranks)))
+    built = config.build(Context(dim=dim, init_std=0.3, precision=precision, parallel=parallel))
     assert isinstance(built, MoE)
     initialize(built, case.seed)
     built.balancer.bias().copy_(-case.skew * torch.arange(EXPERTS))
     return built
 
 
-def gradients(
-    rank: int, ranks: int, dispatcher: DispatcherConfig, case: Case, dim: int = 6
-) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Return what a rank's tokens become and all gradients, the experts that they chose, and copies that left a node."""
-    feedforward = moe(rank, ranks, dispatcher, FULL.build(), case, dim)
-    mine = _rows(rank, ranks, case)
-    total = sum(case.sequences)
+def gradients(parallel: Parallel, dispatcher: DispatcherConfig, case: Case) -> tuple[dict[str, Tensor], Tensor, int]:
+    """Return what a rank's tokens become and all gradients, which experts they chose, and copies that left a node."""
+    feedforward = moe(parallel, dispatcher, FULL.build(), case, dim := 6)
+    mine, total = case.of(parallel), sum(case.sequences)
     x = normal(total, LENGTH, dim, seed=case.seed)[mine].requires_grad_()
     dispatched = feedforward.dispatch(feedforward.route(x))
     hidden, stats = feedforward.combine(feedforward.compute(dispatched))
@@ -91,23 +95,25 @@ def put_together(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def all_gradients(rank: int, ranks: int, dispatchers: Sequence[DispatcherConfig], cases: Sequence[Case]) -> list:
     """Return the gradients of each case with each dispatcher."""
-    return [[gradients(rank, ranks, dispatcher, case) for dispatcher in dispatchers] for case in cases]
+    parallel = parallel_of(rank, ranks)
+    return [[gradients(parallel, dispatcher, case) for dispatcher in dispatchers] for case in cases]
 
 
 def in_fp8(
     rank: int, ranks: int, dispatchers: Sequence[DispatcherConfig], precision: PrecisionConfig, case: Case
 ) -> list[dict[str, Tensor]]:
     """Return what becomes of tokens that the same routing sends to experts of wide rows, and its gradients."""
-    return [_routed(rank, ranks, dispatcher, precision, case) for dispatcher in dispatchers]
+    parallel = parallel_of(rank, ranks)
+    return [_routed(parallel, dispatcher, precision, case) for dispatcher in dispatchers]
 
 
 def _routed(
-    rank: int, ranks: int, dispatcher: DispatcherConfig, precision: PrecisionConfig, case: Case
+    parallel: Parallel, dispatcher: DispatcherConfig, precision: PrecisionConfig, case: Case
 ) -> dict[str, Tensor]:
-    dim, mine = 144, _rows(rank, ranks, case)
-    feedforward = moe(rank, ranks, dispatcher, precision.build(), case, dim)
+    dim, mine = 144, case.of(parallel)
+    feedforward = moe(parallel, dispatcher, precision.build(), case, dim)
     feedforward.shared = None  # it would only add up in another order
-    alone = moe(0, 1, dispatcher, FULL.build(), case, dim)
+    alone = moe(parallel_of(0, 1), dispatcher, FULL.build(), case, dim)
     x, direction = (normal(sum(case.sequences), LENGTH, dim, seed=case.seed + i, dtype=torch.float32) for i in (0, 1))
     routing = alone.router(x.double(), alone.balancer.bias())
     ids, gates = (each.unflatten(0, (-1, LENGTH))[mine].flatten(0, 1) for each in (routing.ids, routing.gates.float()))
@@ -119,12 +125,6 @@ def _routed(
         out.backward(direction[mine])
     experts = {name: _given(feedforward.get_parameter(name).grad) for name in ("gate_up.weight", "down.weight")}
     return {"hidden": out.detach(), "x": _given(x.grad), "gates": _given(gates.grad), **experts}
-
-
-def _rows(rank: int, ranks: int, case: Case) -> slice:
-    if ranks == 1:
-        return slice(None)
-    return slice(sum(case.sequences[:rank]), sum(case.sequences[: rank + 1]))
 
 
 def _given(grad: Tensor | None) -> Tensor:

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from tiny import exact
 from torch import Tensor
 
+from tangram.core import executor
 from tangram.core.assembly import Seat, assemble, sequences_at
+from tangram.core.layout import Layout
+from tangram.core.model import Model
 from tangram.core.step import Trainer
 
 LAYERS = "model.blocks.1.repeat=3"  # four in all
@@ -73,8 +76,7 @@ def _everywhere(run: Trainer, here: list[tuple[str, int, Tensor]], joined: bool 
     found: dict[str, dict[int, Tensor]] = {}
     for address, start, tensor in run.parallel.groups.gather(here, range(run.parallel.layout.ranks)):
         pieces = found.setdefault(address, {})
-        if start in pieces:
-            assert not joined, f"two ranks answer for {address}"
+        if start in pieces and not joined:
             assert torch.equal(pieces[start], tensor), f"{address} differs among its holders"
         pieces[start] = tensor
     return {address: torch.cat([pieces[at] for at in sorted(pieces)]) for address, pieces in found.items()}
@@ -83,3 +85,50 @@ def _everywhere(run: Trainer, here: list[tuple[str, int, Tensor]], joined: bool 
 def several(rank: int, ranks: int, cases: Mapping[str, Sequence[str]]) -> dict[str, list[Taken]]:
     """Take two steps of each case on the same processes."""
     return {name: two_steps(rank, ranks, overrides) for name, overrides in cases.items()}
+
+
+def mutated(rank: int, ranks: int, mutant: str, overrides: Sequence[str]) -> list[Taken]:
+    """Take two steps with a fault that shipped elsewhere."""
+    MUTANTS[mutant]()
+    return two_steps(rank, ranks, overrides)
+
+
+def _no_root_on_inner_stages() -> None:
+    roots = executor._Step._roots
+
+    def last_alone(step, slot, carry):
+        inner = slot.stage + 1 < step.plan.stages
+        yield from roots(step, slot, evolve(carry, losses=()) if inner else carry)
+
+    executor._Step._roots = last_alone
+
+
+def _no_sum_over_the_tied_embedding() -> None:
+    def untied(model, address):
+        stages = stages_of(model, address)
+        return frozenset(list(stages & model.held)[:1]) if len(stages) > 1 else stages
+
+    stages_of, keep = Model.stages_of, Model._keep
+
+    def keeping(model, stages):
+        keep(model, stages)
+        model.held = stages
+
+    Model._keep, Model.stages_of = keeping, untied
+
+
+def _no_sum_over_replicas() -> None:
+    holders = Layout.holders
+
+    def here_alone(layout, stages, expert):
+        mine = range(layout.pipeline_rank * layout.data_ranks, (layout.pipeline_rank + 1) * layout.data_ranks)
+        return tuple(rank for rank in holders(layout, stages, expert) if rank in mine)
+
+    Layout.holders = here_alone
+
+
+MUTANTS = {
+    "no root on inner stages": _no_root_on_inner_stages,
+    "no sum over the tied embedding": _no_sum_over_the_tied_embedding,
+    "no sum over replicas": _no_sum_over_replicas,
+}

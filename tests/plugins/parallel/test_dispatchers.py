@@ -1,20 +1,15 @@
 """Dispatchers among ranks: they keep the laws of their slot, and n ranks are one rank with the whole micro-batch."""
 
 import experts_at_work
-import pytest
 import torch
 from experts_at_work import EXPERTS, TOP_GROUPS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tangram.core.context import Context
-from tangram.kernels import Scaling, quantize_tiles
 from tangram.plugins.moe.local import LocalConfig
 from tangram.plugins.parallel.all_to_all import AllToAllConfig
 from tangram.plugins.parallel.hierarchical import HierarchicalConfig
 from tangram.testing import DispatcherContract, assert_same_gradients, run_ranks, seeds
-from tangram.testing.samples import normal
 
 TWO = [AllToAllConfig(), HierarchicalConfig(node_ranks=1), HierarchicalConfig(node_ranks=2)]
 FOUR = [AllToAllConfig(), HierarchicalConfig(node_ranks=1), HierarchicalConfig(node_ranks=2)]
@@ -37,9 +32,10 @@ def cases(ranks: int) -> st.SearchStrategy[list[Case]]:
 
 
 def assert_ranks_are_one(ranks: int, dispatchers: list, drawn: list[Case]) -> None:
+    alone = experts_at_work.parallel_of(0, 1)
     found = run_ranks(experts_at_work.all_gradients, ranks, ranks, dispatchers, drawn)
     for number, case in enumerate(drawn):
-        expected, ids, _ = experts_at_work.gradients(0, 1, LocalConfig(), case)
+        expected, ids, _ = experts_at_work.gradients(alone, LocalConfig(), case)
         for which, dispatcher in enumerate(dispatchers):
             here = [rank[number][which] for rank in found]
             together = experts_at_work.put_together([each for each, _, _ in here])

@@ -70,3 +70,19 @@ def test_four_ranks_and_recomputation():
         "dualpipe over data": on("dualpipe", 2, "parallel.sharding={use: zero1}"),
     }
     assert_all(4, cases, "model.recompute=selective")
+
+
+@pytest.mark.parametrize(
+    ("mutant", "pipeline"),
+    [
+        ("no root on inner stages", "one_f_one_b"),
+        ("no sum over the tied embedding", "one_f_one_b"),
+        ("no sum over replicas", "dualpipe"),
+    ],
+)
+def test_what_the_first_losses_do_not_show_is_seen_in_the_gradients(mutant: str, pipeline: str) -> None:
+    found = run_ranks(team_at_work.mutated, 2, 2, mutant, on(pipeline, 2))[0]
+    one = alone()
+    assert found[0].losses == {name: pytest.approx(value, rel=1e-13) for name, value in one[0].losses.items()}
+    with pytest.raises(AssertionError):
+        assert_the_steps_of_one(found, one)
