@@ -44,6 +44,7 @@ class WeightGrads:
         if self._pending is None:
             return compute()
 
+        @torch.no_grad()  # as inside a backward: what was saved has a graph of its own
         def add() -> None:
             grad = compute()
             weight.grad = grad if weight.grad is None else weight.grad.add_(grad)

@@ -144,7 +144,7 @@ def test_input_backward_alone_leaves_the_weights_of_linears_without_gradient() -
     assert len(pending) == 3
     for add in pending:
         add()
-    assert all(p.grad is not None for p in program.parameters())
+    assert all(p.grad is not None and not p.grad.requires_grad for p in program.parameters())
 
 
 def test_an_evaluation_takes_no_gradient_and_a_smaller_last_micro_batch() -> None:

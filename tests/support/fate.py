@@ -2,6 +2,8 @@
 
 TANGRAM_FATE is empty, or one of
     step:N      SIGKILL after step N
+    once:N      the same, but not again where torchrun starts the process once more
+    agent:N     SIGTERM after step N to the process that started this one
     sync:N      SIGKILL at the Nth time that a file is put on disk
     rename:N    SIGKILL before the Nth checkpoint is put into its place
     timer:S     killed S seconds after the run began, wherever it is
@@ -54,12 +56,16 @@ class Fate:
     def tangram_step_ended(self, report: StepReport) -> None:
         if report.after.step != self.when:
             return
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         signals = {
             "step": [signal.SIGKILL],
+            "once": [] if again else [signal.SIGKILL],
             "term": [signal.SIGTERM],
             "int": [signal.SIGINT],
             "twice": [signal.SIGINT, signal.SIGINT],
         }
+        if self.kind == "agent":
+            os.kill(os.getppid(), signal.SIGTERM)
         for number in signals.get(self.kind, []):
             os.kill(os.getpid(), number)
 

@@ -72,6 +72,32 @@ def test_four_ranks_and_recomputation():
     assert_all(4, cases, "model.recompute=selective")
 
 
+ALL_TO_ALL = "model.block.feedforward.dispatcher={use: all_to_all}"
+HIERARCHICAL = "model.block.feedforward.dispatcher={use: hierarchical, node_ranks: 2}"
+
+
+def test_four_ranks_that_share_out_experts():
+    zero1 = "parallel={expert_ranks: 2, sharding: {use: zero1}}"
+    cases = {
+        "two of four data ranks": (BATCH, zero1, ALL_TO_ALL),
+        "four in two nodes": (BATCH, "parallel.expert_ranks=4", HIERARCHICAL),
+        "in a pipeline": on("zero_bubble", 2, "parallel.expert_ranks=2", ALL_TO_ALL),
+        "between two flows": on("dualpipe", 2, zero1, ALL_TO_ALL),
+    }
+    assert_all(4, cases, "model.recompute=full")
+
+
+def test_products_in_fp8_round_alike_wherever_a_micro_batch_is():
+    """Its weight gradients have tiles along the tokens: those of a micro-batch stay together on any rank."""
+    fp8 = "precision={use: fp8, compute: float32}"
+    cases = {"pipeline": on("dualpipe", 2, fp8), "data": (BATCH, fp8)}
+    one = alone(fp8)[0]
+    for name, taken in run_ranks(team_at_work.several, 2, 2, cases)[0].items():
+        assert taken[0].losses == {loss: pytest.approx(value, rel=1e-6) for loss, value in one.losses.items()}, name
+        assert torch.equal(taken[0].load, one.load)
+        assert_same_gradients(taken[0].gradients, one.gradients, length=LENGTH)
+
+
 @pytest.mark.parametrize(
     ("mutant", "pipeline"),
     [
