@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -105,7 +106,8 @@ def _work(rank: int, n: int, store: str, timeout: float, call: bytes, answer: Co
     except BaseException:
         answer.send_bytes(pickle.dumps((time.monotonic(), traceback.format_exc(), None)))
         raise SystemExit(1) from None
-    distributed.barrier()  # whoever leaves first would break the connection of those that still read from it
+    with suppress(RuntimeError):  # once all have answered, the parent ends who is not through yet
+        distributed.barrier()  # whoever leaves first would break the connection of those that still read from it
     distributed.destroy_process_group()
 
 
