@@ -146,7 +146,6 @@ class DispatcherContract(Contract):
     @law(
         requires="ranks",
         kills=[
-            mutants.loses_a_token,
             mutants.doubles_a_token,
             mutants.detaches_the_gates,
             mutants.averages_gradients,
@@ -196,7 +195,7 @@ class DispatcherContract(Contract):
     def _spreads(self, config: Any) -> list["_Spread"]:
         """Return what ranks do in one go, as they take a while to start."""
         try:
-            _make(config, 0, self.ranks, self.ranks)
+            _make(config, _parallel(0, self.ranks), self.ranks)
         except ValueError:
             reject()
         shares, choices = cycle((1, 3)), cycle((1, 2, None))
@@ -236,9 +235,13 @@ def _wired(config: Any, wire: str) -> Any:
     return evolve(config, wire=wire)
 
 
-def _make(config: Any, rank: int, ranks: int, n_experts: int) -> Any:
-    """Return what the config builds for one of several ranks that share out the experts."""
-    parallel = Parallel(layout=Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank))
+def _parallel(rank: int, ranks: int) -> Parallel:
+    """Return the surroundings of one of several ranks that share out the experts."""
+    return Parallel(layout=Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank))
+
+
+def _make(config: Any, parallel: Parallel, n_experts: int) -> Any:
+    """Return what the config builds for a rank."""
     return config.build(evolve(context(_WIDTH), parallel=parallel), n_experts)
 
 
@@ -279,9 +282,9 @@ class _Spread:
         """Rows of each expert [E]."""
         return torch.bincount(self.ids.flatten(), minlength=len(self.factors))
 
-    def of(self, rank: int, ranks: int) -> slice:
+    def of(self, layout: Layout) -> slice:
         """Return which tokens are a rank's: all of them if it is alone."""
-        return slice(self.ends[rank], self.ends[rank + 1]) if ranks > 1 else slice(None)
+        return slice(*self.ends[layout.rank : layout.rank + 2]) if layout.ranks > 1 else slice(None)
 
 
 def _spread(
@@ -330,13 +333,14 @@ class _Sent:
 
 def _together(rank: int, ranks: int, configs: Sequence[Any], spreads: Sequence[_Spread]) -> list[_Sent]:
     """Send this rank's tokens of each spread by each config, and return what became of them."""
-    return [_there_and_back(rank, ranks, config, spread) for config in configs for spread in spreads]
+    parallel = _parallel(rank, ranks)
+    return [_there_and_back(config, parallel, spread) for config in configs for spread in spreads]
 
 
-def _there_and_back(rank: int, ranks: int, config: Any, spread: _Spread) -> _Sent:
-    dispatcher, mine = _make(config, rank, ranks, len(spread.factors)), spread.of(rank, ranks)
+def _there_and_back(config: Any, parallel: Parallel, spread: _Spread) -> _Sent:
+    dispatcher, mine = _make(config, parallel, len(spread.factors)), spread.of(parallel.layout)
     x, gates = (each[mine].clone().requires_grad_() for each in (spread.x, spread.gates))
-    share = Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank).share(len(spread.factors))
+    share = parallel.layout.share(len(spread.factors))
     factors = spread.factors[share.start : share.stop].clone().requires_grad_()
     rows = dispatcher.dispatch(x, spread.ids[mine])
     worked = rows.rows * factors.repeat_interleave(rows.counts, 0)

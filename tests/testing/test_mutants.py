@@ -7,10 +7,10 @@ from corpus import tokens
 from tangram.plugins.data.tokens import TokensConfig
 from tangram.plugins.moe.balancers import AuxFreeConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
-from tangram.plugins.moe.local import LocalConfig
 from tangram.plugins.objectives.balance import SequenceBalanceConfig
 from tangram.plugins.objectives.mtp import MTPConfig
 from tangram.plugins.observers.ema import EMAConfig
+from tangram.plugins.parallel.all_to_all import AllToAllConfig
 from tangram.plugins.parallel.replicate import ReplicateConfig
 from tangram.plugins.parallel.sequential import SequentialConfig
 from tangram.plugins.precision.full import FullConfig
@@ -49,8 +49,8 @@ class AuxFree(BalancerContract):
     config = AuxFreeConfig()
 
 
-class Local(DispatcherContract):
-    config = LocalConfig()
+class AllToAll(DispatcherContract):
+    config = AllToAllConfig()
 
 
 class MoE(FeedForwardContract):
@@ -97,7 +97,7 @@ TRIED: list[type[Contract]] = [
     MLA,
     GroupLimited,
     AuxFree,
-    Local,
+    AllToAll,
     MoE,
     MTP,
     SequenceBalance,
