@@ -51,7 +51,7 @@ class AllToAll:
     """
 
     def __init__(self, wire: Wire, parallel: Parallel, n_experts: int) -> None:
-        self.wire, self.n_experts = wire, n_experts
+        self.wire, self.parallel, self.n_experts = wire, parallel, n_experts
         self.n_local = len(parallel.layout.share(n_experts))
         self.peers = Peers(parallel.layout.experts, parallel.groups)
 
@@ -72,3 +72,7 @@ class AllToAll:
         assert isinstance(sent, _Sent)
         home = exchange(permute(rows.rows, sent.back), sent.way.back, homeward(self.wire), self.wire)
         return unpermute(home, gates, sent.order)
+
+    def among(self, slots: int) -> "AllToAll":
+        """Return the dispatcher that sends to so many slots."""
+        return AllToAll(self.wire, self.parallel, slots)

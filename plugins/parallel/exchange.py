@@ -54,8 +54,8 @@ class Peers:
         if len(self.ranks) == 1:
             return tensor
         arrived = tensor.new_empty(len(tensor) if received is None else sum(received), *tensor.shape[1:])
-        parts = [None if each is None else list(each) for each in (received, sent)]
-        distributed.all_to_all_single(arrived, tensor.contiguous(), *parts, group=self.groups.of(self.ranks))
+        parts, arriving = (None if each is None else list(each) for each in (sent, received))
+        distributed.all_to_all_single(arrived, tensor.contiguous(), arriving, parts, self.groups.of(self.ranks))
         return arrived
 
 
@@ -103,7 +103,7 @@ class _Exchange(torch.autograd.Function):
         return _carried(rows, way, wire)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return _carried(grad, ctx.way.back, ctx.gradient), None, None, None
 

@@ -78,7 +78,8 @@ class Hierarchical:
                 f"{layout.expert_ranks} expert ranks and nodes of {node_ranks} ranks do not fit: set node_ranks to a "
                 "divisor or a multiple of parallel.expert_ranks"
             )
-        self.wire, self.n_experts, self.n_local = wire, n_experts, len(layout.share(n_experts))
+        self.node_ranks, self.wire, self.parallel = node_ranks, wire, parallel
+        self.n_experts, self.n_local = n_experts, len(layout.share(n_experts))
         self.node, place = divmod(layout.expert_rank, size)
         self.per_node = size * self.n_local
         self.across = Peers(layout.experts[place::size], parallel.groups)
@@ -107,6 +108,10 @@ class Hierarchical:
         weights = exchange(permute(gates, hops.home), hops.across, "compute", "compute")  # [copies here, K]
         sums = self._home(unpermute(returned, weights, hops.relay), hops.across)
         return unpermute(sums, torch.ones_like(gates), hops.home)
+
+    def among(self, slots: int) -> "Hierarchical":
+        """Return the dispatcher that sends to so many slots."""
+        return Hierarchical(self.node_ranks, self.wire, self.parallel, slots)
 
     def _out(self, rows: Tensor, way: Way) -> Tensor:
         return exchange(rows, way, self.wire, homeward(self.wire))
