@@ -146,7 +146,7 @@ class PartsReader:
             if max(start, first) < min(stop, first + rows):
                 bounds = max(start, first) - first, min(stop, first + rows) - first
                 found.append(self._readers[piece.file].read(piece.name, *bounds))
-        return torch.cat(found)
+        return torch.cat(found) if found else torch.empty(0, whole.columns, dtype=whole.dtype)
 
     def __enter__(self) -> Self:
         return self
