@@ -128,8 +128,9 @@ class Hierarchical:
         heard = self.across.swap(told)  # [nodes, 1 + experts of this node]
         leaving = heard[:, 1:].view(nodes, places, self.n_local).permute(1, 2, 0)  # [peers, experts of each, nodes]
         arriving = self.within.swap(leaving.contiguous())
-        # The one wait for the device.
-        numbers = torch.cat([copies, heard[:, 0], leaving.sum((1, 2)), arriving.sum((1, 2))]).tolist()
+        numbers = [len(ids)] * 2 + [ids.numel()] * 2  # alone, no count need be read
+        if nodes * places > 1:  # the one wait for the device
+            numbers = torch.cat([copies, heard[:, 0], leaving.sum((1, 2)), arriving.sum((1, 2))]).tolist()
         parts = iter(numbers)
         across = Way(self.across, *([next(parts) for _ in range(nodes)] for _ in range(2)))
         within = Way(self.within, *([next(parts) for _ in range(places)] for _ in range(2)))
