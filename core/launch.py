@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -16,6 +17,12 @@ _RESTARTS = 5
 
 _PARTING = timedelta(seconds=20)
 """How long a rank that ends waits for the others to end as well."""
+
+_SAVING = 600
+"""Seconds that ranks which were told to stop have, to finish their step and save."""
+
+_UNREAD = 5.0
+"""Seconds after which a rank that was told to stop no longer waits for the agent to read its exit code."""
 
 
 def take_seat() -> Seat:
@@ -60,6 +67,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -86,8 +94,13 @@ def _work(arguments: list[str]) -> int:
     """Be one rank."""
     from tangram.core.cli import main
 
+    code = OK
     try:
         main(arguments)
     except SystemExit as end:
-        return int(end.code or 0)
-    return OK
+        code = int(end.code or 0)
+    if code == STOPPED:  # an agent that was told to stop itself reads no exit code: it would wait, then kill
+        parting = threading.Timer(_UNREAD, os._exit, (code,))
+        parting.daemon = True
+        parting.start()
+    return code

@@ -41,6 +41,7 @@ def test_a_process_that_is_killed_takes_no_step_from_the_run(preset: Path, whole
 def test_asked_to_stop_all_save_and_another_layout_goes_on(preset: Path, whole: Path, tmp_path: Path) -> None:
     code, said = trained(preset, tmp_path / "run", *RANKS, ends=f"agent:{EVERY + 2}")
     assert code == 75, said
+    assert "forcefully" not in said, "no process waits until the agent kills it"
     newest = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").iterdir())
     assert EVERY + 2 <= newest < STEPS
     code, said = trained(preset, tmp_path / "run", "--resume", "parallel={expert_ranks: 1, sharding: {use: replicate}}")
