@@ -182,6 +182,25 @@ class DispatcherContract(Contract):
         alone = torch.cat([dispatcher.dispatch(row, ids[:1]).rows for row in x.split(1)])
         assert torch.equal(alone, arrived), "how a row is rounded depends on the others"
 
+    @law(requires="wire", wire=_WIRES, seed=seeds(), kills=[mutants.comes_home_as_it_went])
+    def what_comes_home_is_not_in_fp8(self, config: Any, wire: str, seed: int) -> None:
+        """Outputs and the gradient of rows come home in bfloat16; the gradient of outputs is sent as rows are."""
+        dispatcher = self.make(_wired(config, wire), 1)
+        x, direction = (normal(4, _WIDTH, seed=seed + i, dtype=self.dtype).to(self.device) for i in (0, 1))
+        ids, gates = torch.zeros(len(x), 1, dtype=torch.int64, device=self.device), torch.ones_like(x[:, :1])
+        x.requires_grad_()
+        rows = dispatcher.dispatch(x, ids)
+        made = x.detach().clone().requires_grad_()
+        home = dispatcher.combine(evolve(rows, rows=made), gates)
+        (of_x,) = torch.autograd.grad(rows.rows, x, direction)
+        (of_made,) = torch.autograd.grad(home, made, direction)
+        dtype = self.dtype if wire == "compute" else torch.bfloat16
+        assert torch.equal(home, made.to(dtype).to(self.dtype)), "outputs come home otherwise"
+        assert torch.equal(of_x, direction.to(dtype).to(self.dtype)), "the gradient of rows comes home otherwise"
+        assert torch.equal(of_made, dispatcher.dispatch(direction, ids).rows), (
+            "the gradient of outputs is sent otherwise"
+        )
+
     @law(requires="wire", kills=[mutants.shares_a_scale])
     def ranks_round_as_one_does(self, config: Any) -> None:
         """Whatever the wire, several ranks give what one does; sums that go home in parts may be rounded for each."""

@@ -137,6 +137,16 @@ def rounds_coarsely(dispatcher: Dispatcher) -> Any:
     return _Changed(dispatch, dispatcher.combine)
 
 
+def comes_home_as_it_went(dispatcher: Dispatcher) -> Any:
+    """What experts made is rounded on its way home as their rows were on the way out."""
+
+    def combine(rows: Rows, gates: Tensor) -> Tensor:
+        one = torch.zeros(len(rows.rows), 1, dtype=torch.int64)
+        return dispatcher.combine(evolve(rows, rows=dispatcher.dispatch(rows.rows, one).rows), gates)
+
+    return _Changed(dispatcher.dispatch, combine)
+
+
 def shares_a_scale(dispatcher: Dispatcher) -> Any:
     """All rows are rounded with the scale of the largest, so that each depends on those that it travels with."""
 
