@@ -62,9 +62,7 @@ class Redundant:
         """
         if torch.is_grad_enabled():
             raise RuntimeError("replicas of experts serve and are not trained: run the model under torch.no_grad()")
-        order = order_by_expert(ids, len(self.slots))
-        begins = order.counts.cumsum(0) - order.counts
-        turn = order.inverse - begins[ids] + self.first  # of the expert's tokens here, which one it is
+        turn = order_by_expert(ids, len(self.slots)).inverse + self.first  # one after the other for each expert
         return self.dispatcher.dispatch(x, self.slots[ids, turn % self.replicas[ids]])
 
     def combine(self, rows: Rows, gates: Tensor) -> Tensor:

@@ -46,15 +46,20 @@ def built(parallel: Parallel, dispatcher: str) -> Model:
     return model
 
 
-def served(rank: int, ranks: int, dispatcher: str, nodes: int) -> list[Served]:
-    """Run batches forward with experts as in training, and with redundant ones."""
+def several(rank: int, ranks: int, cases: Mapping[str, int]) -> list[tuple[Served, Served]]:
+    """Serve with each of some dispatchers and its number of nodes."""
     parallel = Parallel(layout=Layout(data_ranks=ranks, expert_ranks=ranks, rank=rank))
+    return [served(parallel, dispatcher, nodes) for dispatcher, nodes in cases.items()]
+
+
+def served(parallel: Parallel, dispatcher: str, nodes: int) -> tuple[Served, Served]:
+    """Run batches forward with experts as in training, and with redundant ones."""
     model = built(parallel, dispatcher)
     before = _identity(model)
     plain = _run(model, parallel, None)
     with Redundancy(model, parallel, spare=SPARE, groups=4, nodes=nodes, every=EVERY) as redundancy:
         redundant = _run(model, parallel, redundancy)
-    return [plain, evolve(redundant, kept=_identity(model) == before)]
+    return plain, evolve(redundant, kept=_identity(model) == before)
 
 
 def _run(model: Model, parallel: Parallel, redundancy: Redundancy | None) -> Served:

@@ -1,5 +1,7 @@
 """Redundant experts: what comes out is the same, the load of ranks is more even, and nothing is trained."""
 
+from collections.abc import Sequence
+
 import pytest
 import servers
 import torch
@@ -60,11 +62,13 @@ def test_spare_slots_that_ranks_cannot_share_out_are_refused_at_once():
         Redundancy(model, parallel, spare=1, groups=3, every=1)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "dispatcher", "nodes"), [(2, "{use: all_to_all}", 1), (4, "{use: hierarchical, node_ranks: 2}", 2)]
-)
-def test_ranks_that_serve_with_redundant_experts_give_the_same_and_share_the_rows_more_evenly(ranks, dispatcher, nodes):
-    found = run_ranks(servers.served, ranks, ranks, dispatcher, nodes)
+def test_ranks_that_serve_with_redundant_experts_give_the_same_and_share_the_rows_more_evenly():
+    cases = {"{use: all_to_all}": 1, "{use: hierarchical, node_ranks: 1}": 2}
+    for found in zip(*run_ranks(servers.several, 2, 2, cases), strict=True):
+        assert_same_and_more_even(found)
+
+
+def assert_same_and_more_even(found: Sequence[tuple[servers.Served, servers.Served]]) -> None:
     for plain, redundant in found:
         assert redundant.kept
         assert redundant.losses == [{k: pytest.approx(v, rel=1e-12) for k, v in each.items()} for each in plain.losses]
