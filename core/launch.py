@@ -8,6 +8,8 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from tangram.core.assembly import ALONE, Seat
 from tangram.core.terminal import FAILED, OK, STOPPED
@@ -34,13 +36,20 @@ def take_seat() -> Seat:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    return Seat(distributed.get_rank(), ranks, device)
+    store, rank, ranks = next(rendezvous("env://"))
+    # The store outlives ranks that died: who is started again must not read where they listened, and wait there.
+    store = PrefixStore(f"life {_life()}", store)
+    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=rank, world_size=ranks)
+    return Seat(rank, ranks, device)
 
 
 def restarted() -> bool:
     """Return whether the ranks were started again because one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _life() > 0
+
+
+def _life() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def leave(code: int) -> int:
