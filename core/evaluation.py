@@ -27,7 +27,7 @@ def evaluate(run: Trainer, limit: int | None = None) -> EvalReport | None:
     executor = Executor(run.model, partial(forward_only, layout.place), micro, run.parallel, lambda: None)
     nats: dict[str, float] = {}
     targets, size = 0, 0
-    at_once = micro * layout.data_ranks
+    at_once = micro * layout.ranks  # so that all ranks of a pipeline have something to do
     batches = held_out.batches(at_once)
     measures: dict[str, dict[int, float]] = {}
     for batch, n_bytes in batches if limit is None else islice(batches, math.ceil(limit / at_once)):
