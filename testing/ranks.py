@@ -42,11 +42,9 @@ def run_ranks(fn: Callable[..., _T], n: int, *args: object, timeout: float = 300
         RankError: The first error of a rank, with its traceback; or ranks did not answer in time.
     """
     # Forked from a process that has imported what ranks need: a fifth of a second a rank instead of seconds. The third
-    # one is what torch imports at the first backward, and takes as long as all others.
+    # one is what torch imports when a model is built, an optimizer made or a gradient asked for; it takes the longest.
     spawning, call = get_context("forkserver"), pickle.dumps((fn, args))
-    spawning.set_forkserver_preload(
-        ["torch", "tangram.core.model", "torch.fx.experimental.symbolic_shapes", __package__]
-    )
+    spawning.set_forkserver_preload(["torch", "tangram.core.model", "torch._dynamo", __package__])
     found: dict[int, _T]
     ranks: dict[Connection, tuple[int, BaseProcess]] = {}
     try:
