@@ -53,6 +53,12 @@ def native_passes() -> Passes:
         return _Native(ctypes.CDLL(str(library)))  # it stays loaded when its file goes
 
 
+def passes_for(x: Tensor) -> Passes:
+    """Return the passes over matrices where `x` lies: compiled on a CPU, if they have code for its dtype."""
+    known = x.dtype in _DTYPES or x.dtype in _FORMATS
+    return native_passes() if known and x.device.type == "cpu" else PLAIN
+
+
 class _Native:
     """Calls the library, with as many threads as torch has; what it has no code for runs plain."""
 

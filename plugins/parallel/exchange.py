@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from tangram.core.groups import Groups
 from tangram.kernels import Order, dequantize, quantize_tiles
+from tangram.kernels.native import passes_for
 
 Wire: TypeAlias = Literal["compute", "bf16", "fp8"]
 """How rows travel: as they are, in bfloat16, or in E4M3 with a scale for each 1 x 128 of them."""
@@ -116,12 +117,13 @@ def _carried(rows: Tensor, way: Way, wire: Wire) -> Tensor:
         case "bf16":
             return way.carry(rows.bfloat16()).to(rows.dtype)
         case "fp8":
-            codes, scales = quantize_tiles(rows, _TILE, power_of_two=True)
+            passes = passes_for(rows)
+            codes, scales = quantize_tiles(rows, _TILE, power_of_two=True, passes=passes)
             # One message of bytes: gloo and NCCL know no FP8.
             arrived = way.carry(torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], 1))
             codes, scales = (_aligned(part) for part in (arrived[:, :width], arrived[:, width:]))
             tiles = codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
-            return dequantize(*tiles, (1, _TILE), dtype=rows.dtype)
+            return dequantize(*tiles, (1, _TILE), dtype=rows.dtype, passes=passes)
 
 
 def _aligned(part: Tensor) -> Tensor:

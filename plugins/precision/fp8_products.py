@@ -21,8 +21,7 @@ from tangram.kernels import (
     unpack_e5m6,
 )
 from tangram.kernels.fp8_weight_grad import round_tiles, tile_ends
-from tangram.kernels.native import native_passes
-from tangram.kernels.quantize import PLAIN, Passes
+from tangram.kernels.native import passes_for
 
 _TILE = 128
 
@@ -51,13 +50,13 @@ class Products:
 
     def kept(self, x: Tensor, rounded: Quantized) -> tuple[Tensor, Tensor]:
         """Return what to keep of the input [M, K] for backward: a byte a number, or a byte and a half."""
-        return pack_e5m6(x, _TILE, _passes(x)) if self.wide_cache else rounded
+        return pack_e5m6(x, _TILE, passes_for(x)) if self.wide_cache else rounded
 
     def restored(self, kept: tuple[Tensor, Tensor], width: int, dtype: torch.dtype) -> Tensor:
         """Return the input [M, K] as what was kept gives it back."""
         if self.wide_cache:
             return unpack_e5m6(*kept, width, dtype)
-        return dequantize(*kept, (1, _TILE), dtype=dtype, passes=_passes(kept[0]))
+        return dequantize(*kept, (1, _TILE), dtype=dtype, passes=passes_for(kept[0]))
 
     def forward(self, x: Quantized, weight: Tensor, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return x [M, K] times the weight [N, K] transposed, or each expert's rows times its own of [E, N, K]."""
@@ -80,7 +79,7 @@ class Products:
         # A GPU's product ends in float32; a CPU multiplies in the dtype of its operands.
         dtype = torch.float32 if grad.is_cuda else grad.dtype
         return fp8_weight_grad(
-            grad, x, counts, dtype, grad_scaling=self.gradient, x_scaling=self.input, passes=_passes(grad)
+            grad, x, counts, dtype, grad_scaling=self.gradient, x_scaling=self.input, passes=passes_for(grad)
         )
 
     def measures(self, x: Tensor, weight: Tensor, counts: Tensor | None) -> Mapping[str, float]:
@@ -103,22 +102,17 @@ class Products:
         if self.limited:
             return _limited(a, b, counts).to(dtype)
         if counts is None:
-            return fp8_matmul(a, b, dtype, _passes(a.codes))
-        return fp8_grouped_matmul(a, b, counts, dtype, _passes(a.codes))
+            return fp8_matmul(a, b, dtype, passes_for(a.codes))
+        return fp8_grouped_matmul(a, b, counts, dtype, passes_for(a.codes))
 
     def _weight(self, weight: Tensor) -> Quantized:
         whole = self.weight.shared == "tensor"
-        return quantize_blocks(weight, _TILE, format=self.weight.format, whole=whole, passes=_passes(weight))
-
-
-def _passes(x: Tensor) -> Passes:
-    """Return the passes over matrices where `x` lies: compiled on a CPU."""
-    return native_passes() if x.device.type == "cpu" else PLAIN
+        return quantize_blocks(weight, _TILE, format=self.weight.format, whole=whole, passes=passes_for(weight))
 
 
 def _tiles(x: Tensor, scaling: Scaling) -> Quantized:
     return quantize_tiles(
-        x, _TILE, scaling.power_of_two, format=scaling.format, shared=scaling.shared, passes=_passes(x)
+        x, _TILE, scaling.power_of_two, format=scaling.format, shared=scaling.shared, passes=passes_for(x)
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twins import numbers, same_bits
 
-from tangram.kernels.native import compiler, native_passes
+from tangram.kernels.native import compiler, native_passes, passes_for
 from tangram.kernels.quantize import PLAIN, scales_of
 
 FORMATS = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -101,3 +101,11 @@ def test_what_is_not_a_number_is_not_made_one():
             passes.decode(passes.encode(x, scales, 4, torch.float8_e4m3fn), scales, 4, torch.float32)[0].isnan().all()
         )
         assert passes.encode(x, scales, 4, torch.float8_e4m3fn).float()[1, 0].isnan()
+
+
+@needs_a_compiler
+def test_what_they_have_no_code_for_runs_plain():
+    x = torch.ones(1, 4)
+    assert all(passes_for(x.to(dtype)) is native_passes() for dtype in (*DTYPES, *FORMATS))
+    assert passes_for(x.double()) is PLAIN
+    assert passes_for(x.to("meta")) is PLAIN
