@@ -27,11 +27,13 @@ class Seat:
         rank: Its number.
         ranks: How many there are.
         device: Where it computes.
+        lives: How often all processes were started before, and one of them died.
     """
 
     rank: int = 0
     ranks: int = 1
     device: torch.device = field(default=torch.device("cpu"))
+    lives: int = 0
 
     @property
     def leads(self) -> bool:

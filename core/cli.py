@@ -248,7 +248,7 @@ def train(
     from tangram.core.assembly import data_ranks_of
     from tangram.core.contracts import NonFiniteError
     from tangram.core.interruption import RunInterruptedError
-    from tangram.core.launch import launch, leave, restarted, take_seat
+    from tangram.core.launch import launch, leave, take_seat
     from tangram.core.provenance import RUN_PRESET
     from tangram.core.run import directory_of, resumable
     from tangram.core.run import train as run
@@ -264,7 +264,7 @@ def train(
         flags += [text for file in plugin for text in ("--plugin", str(file))]
         return launch(["train", preset, *overrides, *flags], nproc)
     seat = take_seat()
-    resume = resume or (restarted() and (directory / RUN_PRESET).exists())
+    resume = resume or (seat.lives > 0 and (directory / RUN_PRESET).exists())
     found = resumable(directory) if resume and seat.leads else None
     if not seat.leads:
         pass

@@ -3,12 +3,14 @@
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 from torch import distributed
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from tangram.core.assembly import ALONE, Seat
@@ -19,6 +21,9 @@ _RESTARTS = 5
 
 _PARTING = timedelta(seconds=20)
 """How long a rank that ends waits for the others to end as well."""
+
+_ASKING = 0.2
+"""Seconds between two questions whether all have met."""
 
 _SAVING = 600
 """Seconds that ranks which were told to stop have, to finish their step and save."""
@@ -37,19 +42,31 @@ def take_seat() -> Seat:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     store, rank, ranks = next(rendezvous("env://"))
-    # The store outlives ranks that died: who is started again must not read where they listened, and wait there.
-    store = PrefixStore(f"life {_life()}", store)
+    meetings = meet(store, rank, ranks)
+    store = PrefixStore(f"after {meetings}", store)
     distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=rank, world_size=ranks)
-    return Seat(rank, ranks, device)
+    return Seat(rank, ranks, device, max(meetings, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
 
 
-def restarted() -> bool:
-    """Return whether the ranks were started again because one of them died."""
-    return _life() > 0
+def meet(store: Store, rank: int, ranks: int) -> int:
+    """Return how often the ranks met before in this store, once all that live now have met.
 
-
-def _life() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    A store outlives ranks that died: who is started again must not read where they listened, and wait there. And the
+    agents of several machines do not count restarts alike. So the first rank numbers the meeting, and the others ask
+    until one is called in which their own name is read out.
+    """
+    if rank == 0:
+        number: int = store.add("meetings", 1)
+        names = [store.get(f"meeting {number}/{other}").decode() for other in range(1, ranks)]
+        store.set(f"meeting {number}", " ".join(names))
+        return number - 1
+    mine, called = uuid4().hex, ""
+    while mine not in called:  # if the first rank never comes, the agent ends this one
+        number = store.add("meetings", 0)
+        store.set(f"meeting {number}/{rank}", mine)
+        time.sleep(_ASKING)
+        called = store.get(f"meeting {number}").decode() if store.check([f"meeting {number}"]) else ""
+    return number - 1
 
 
 def leave(code: int) -> int:
