@@ -13,7 +13,8 @@ COMMANDS = {
     "scancel": 'kill -TERM "$(cat step)"',
     # The ranks: they begin a run, and end when asked to, or at once.
     "srun": (
-        "mkdir -p run; touch run/experiment.yaml; echo $$ > step; trap 'sleep 0.2; echo saved >> calls; exit 1' TERM; echo begun; "
+        "mkdir -p run; touch run/experiment.yaml; echo $$ > step; "
+        "trap 'sleep 0.2; echo saved >> calls; exit 1' TERM; echo begun; "
         'for _ in $(seq "$STEPS"); do sleep 0.05; done'
     ),
 }
