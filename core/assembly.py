@@ -12,6 +12,7 @@ from tangram.core.executor import Executor
 from tangram.core.experiment import Experiment
 from tangram.core.layout import Layout
 from tangram.core.model import build_model
+from tangram.core.plan import split
 from tangram.core.records import Progress
 from tangram.core.step import Trainer
 
@@ -111,11 +112,13 @@ def layout_of(experiment: Experiment, pipeline: Pipeline, sequences: int, rank: 
     """Return where a rank stands, by the plan for a step of so many sequences.
 
     Raises:
-        BuildError: The ranks do not make whole pipelines, or the pipeline refuses the number of micro-batches.
+        BuildError: The ranks do not make whole pipelines, the pipeline refuses the number of micro-batches, or there
+            are more stages than layers.
     """
     data_ranks, asked = data_ranks_of(experiment, ranks), experiment.parallel
     microbatches = sequences // (experiment.train.micro_sequences * data_ranks)
     plan = built("parallel.pipeline", pipeline.schedule, asked.pipeline_ranks, microbatches)
+    built("parallel.pipeline_ranks", split, experiment.model.n_layers, plan.stages)
     return Layout(plan.place, data_ranks, asked.expert_ranks, rank)
 
 

@@ -183,6 +183,11 @@ MISTAKES = [
     (["data={use: text, corpus: files, files: ['no/such/*.txt']}"], "data", "no/such/*.txt"),
     (["data={use: text, corpus: files}"], "data", "files"),
     (["model.vocab_size=100"], "data", "100"),
+    (
+        ["parallel={pipeline: {use: gpipe}, pipeline_ranks: 7}"],
+        "parallel.pipeline_ranks",
+        "6 layers do not make 7 stages",
+    ),
 ]
 
 
