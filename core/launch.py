@@ -1,11 +1,13 @@
 """Runs on several ranks: how they are started, and how a process finds out which of them it is."""
 
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from types import FrameType
 from uuid import uuid4
 
 import torch
@@ -14,7 +16,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from tangram.core.assembly import ALONE, Seat
-from tangram.core.terminal import FAILED, OK, STOPPED
+from tangram.core.terminal import FAILED, KILLED, OK, STOPPED
 
 _RESTARTS = 5
 """How often all ranks are started again after one of them died."""
@@ -104,7 +106,9 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         max_restarts=_RESTARTS,
         monitor_interval=0.2,
         start_method="spawn",
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )
+    signal.signal(signal.SIGINT, _ask_to_stop)
     try:
         codes: dict[int, int] = elastic_launch(config, _work)(list(arguments))
     except SignalException:
@@ -116,10 +120,17 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     return max(codes.values())
 
 
+def _ask_to_stop(number: int, frame: FrameType | None) -> None:
+    """Have the agent ask all ranks to save; a second Ctrl-C ends this process at once, and they end with it."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(KILLED))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _work(arguments: list[str]) -> int:
     """Be one rank."""
     from tangram.core.cli import main
 
+    os.setpgid(0, 0)  # so that the terminal's Ctrl-C reaches the agent alone, and does not count twice
     code = OK
     try:
         main(arguments)

@@ -3,7 +3,7 @@
 TANGRAM_FATE is empty, or one of
     step:N      SIGKILL after step N
     once:N      the same, but not again where torchrun starts the process once more
-    agent:N     SIGTERM after step N to the process that started this one
+    agent:N     Ctrl-C after step N to the process that started this one, which makes of it a SIGTERM to all
     sync:N      SIGKILL at the Nth time that a file is put on disk
     rename:N    SIGKILL before the Nth checkpoint is put into its place
     timer:S     killed S seconds after the run began, wherever it is
@@ -65,7 +65,7 @@ class Fate:
             "twice": [signal.SIGINT, signal.SIGINT],
         }
         if self.kind == "agent":
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getppid(), signal.SIGINT)
         for number in signals.get(self.kind, []):
             os.kill(os.getpid(), number)
 
