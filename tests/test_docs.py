@@ -161,7 +161,7 @@ def runs(name: str, folder: Path, marks: tuple[str, ...]) -> int:
     return ran
 
 
-@pytest.mark.parametrize("name", ["presets.md", "observers.md", "write-a-plugin.md", "studies.md"])
+@pytest.mark.parametrize("name", ["presets.md", "observers.md", "write-a-plugin.md", "studies.md", "parallel.md"])
 def test_what_a_page_shows_runs_from_an_empty_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
