@@ -275,6 +275,12 @@ def _experiment(
         "data": data,
         "observers": {"wandb": None, "ema": None},
         "train": {**train, "checkpoint_every": 100},
+        "parallel": {
+            "pipeline": {"use": "sequential"},
+            "pipeline_ranks": 1,
+            "expert_ranks": 1,
+            "sharding": {"use": "replicate"},
+        },
     }
     settings = (f"{key}={json.dumps(value)}" for key, value in laid.items())
     experiment = load_preset("deepseek-v3", *settings, *overrides, plugins=plugins)

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from tangram.core.context import Context
 
 
+def normal_(weight: Tensor, std: float) -> None:
+    """Draw a weight from a normal distribution; one without memory, at whose sight torch imports its compiler, not."""
+    if weight.device.type != "meta":
+        nn.init.normal_(weight, std=std)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension; statistics in float32 or better."""
 
@@ -50,7 +56,7 @@ class Linear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        normal_(self.weight, self.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., I] @ weight [O, I] transposed."""
@@ -120,7 +126,7 @@ class TokenEmbedding(Embedding):
 
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        normal_(self.weight, self.init_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the embeddings [B, S, D] of tokens int64 [B, S] in the compute dtype."""
@@ -138,7 +144,7 @@ class OutputHead(Head):
 
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        normal_(self.weight, self.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [..., V] of x [..., D], at least float32."""

@@ -155,7 +155,7 @@ class Dispatched:
 
     Attributes:
         hidden: The feed-forward's input until it was sent, [B, S, D]; afterwards kept only if still needed.
-        routing: The router's decision; None where there is no router. Gates never leave home.
+        routing: The router's decision; None where there is no router. Its gates are used when outputs come home.
         rows: The rows after dispatch, and after compute their outputs.
         shared: Output of what every token passes through, [B, S, D].
     """

@@ -171,7 +171,7 @@ class Session:
             if train.checkpoint_every and run.progress.step % train.checkpoint_every == 0:
                 self.save(view)
             self._announce(view, self.saver.sealed())
-            if stopping:
+            if stopping or (run.parallel.layout.ranks == 1 and self.interruption.caught):
                 self.save(view)
                 self._announce(view, self.saver.wait())
                 raise self.interruption.as_error(run.progress.step)

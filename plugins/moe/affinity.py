@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tangram.core.context import Context
+from tangram.core.layers import normal_
 from tangram.core.records import RouterStats, Routing
 
 Score = Literal["sigmoid", "softmax"]
@@ -22,7 +23,7 @@ class Centroids(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the vectors from a normal distribution."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        normal_(self.weight, self.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the affinities [B, S, E] of x [B, S, D], computed in float32 or better (equation 15)."""

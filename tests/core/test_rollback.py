@@ -104,11 +104,11 @@ def after(count: int, function: Callable[..., object]) -> Callable[..., object]:
     """Return `function`, which fails instead of its call number `count` + 1."""
     calls: list[None] = []
 
-    def cut(*arguments: object) -> object:
+    def cut(*arguments: object, **named: object) -> object:
         if len(calls) == count:
             raise PowerCutError
         calls.append(None)
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return cut
 

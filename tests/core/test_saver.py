@@ -16,9 +16,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Hold every write until it is set."""
     opened, save = threading.Event(), checkpoint.save
 
-    def held(*arguments: object) -> Path:
+    def held(*arguments: object, **named: object) -> Path:
         assert opened.wait(30)
-        return save(*arguments)
+        return save(*arguments, **named)
 
     monkeypatch.setattr(checkpoint, "save", held)
     return opened
