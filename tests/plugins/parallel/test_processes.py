@@ -72,6 +72,27 @@ def test_four_ranks_and_recomputation():
     assert_all(4, cases, "model.recompute=selective")
 
 
+def deep(stages: int) -> str:
+    return f"model.blocks.1.repeat={stages - 1}"
+
+
+def test_four_ranks_of_the_v():
+    """Here ranks send in another order than their neighbours need; in DualPipe only from eight on."""
+    assert_all(4, {"dualpipev": on("dualpipev", 4)}, deep(8))
+
+
+@pytest.mark.soak
+def test_eight_ranks_of_two_flows():
+    zero1 = "parallel={expert_ranks: 2, sharding: {use: zero1}}"
+    cases = {"dualpipe": on("dualpipe", 8), "experts": on("dualpipe", 4, zero1, ALL_TO_ALL)}
+    assert_all(8, cases, deep(8), "model.recompute=selective")
+
+
+@pytest.mark.soak
+def test_eight_ranks_of_the_v():
+    assert_all(8, {"dualpipev": on("dualpipev", 8)}, deep(16))
+
+
 ALL_TO_ALL = "model.block.feedforward.dispatcher={use: all_to_all}"
 HIERARCHICAL = "model.block.feedforward.dispatcher={use: hierarchical, node_ranks: 2}"
 
