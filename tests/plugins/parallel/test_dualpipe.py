@@ -54,6 +54,26 @@ def test_the_order_of_the_v_is_the_authors(ranks, microbatches):
     assert digest(DualPipeV().schedule(ranks, microbatches)) == ORDERS_V[ranks, microbatches]
 
 
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 2), (2, 4), (3, 7), (4, 20), (8, 33)])
+def test_the_order_of_the_v_is_torchs(ranks, microbatches):
+    schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
+    if not hasattr(schedules.ScheduleDualPipeV, "_calculate_single_rank_operations"):
+        pytest.skip("this torch computes the order elsewhere")
+    theirs = object.__new__(schedules.ScheduleDualPipeV)  # its order alone: it asks for processes otherwise
+    theirs.pp_group_size, theirs._n_microbatches = ranks, microbatches
+
+    def said(action) -> str:
+        if action.sub_actions:
+            return "({}+{})".format(*map(said, action.sub_actions))
+        op = {"FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W", "FORWARD": "F"}
+        return f"{op[action.computation_type.name]}>{action.microbatch_index}@{action.stage_index}"
+
+    plan = DualPipeV().schedule(ranks, microbatches)
+    for rank in range(ranks):
+        order = theirs._calculate_single_rank_operations(rank)
+        assert plan.text(rank) == [said(action) for action in order if action is not None]
+
+
 def test_the_first_rank_in_words():
     first = DualPipe().schedule(4, 8).text(0)
     assert " ".join(first) == ("F>0 F>1 F>2 F<0 I<0 W<0 F<1 (F>3+B<1) (F<2+B>0) B<2 (F<3+B>1) B<3 I>2 W>2 I>3 W>3")
