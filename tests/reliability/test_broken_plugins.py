@@ -76,7 +76,7 @@ KINDS = {
     "taken": Kind(COMPONENT.format(use="skip").replace("Config", "Other"), "guard 'skip' comes from"),
     "buildless": Kind("", "Config has no method build", guard=COMPONENT.replace("def build", "def built")),
     "plain": Kind("", "Config is no attrs class", guard=COMPONENT.replace("@frozen(kw_only=True)", "")),
-    "slow": Kind(BURN, f"took {SLOW + 0.1:.1f} s to import", usable=True),
+    "slow": Kind(BURN, " s to import, for which every command waits", usable=True),
     "silent": Kind(
         "", "does not document limit of Config", usable=True, guard=COMPONENT.replace("limit: Bad", "x: Bad")
     ),
