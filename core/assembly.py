@@ -98,7 +98,10 @@ def data_ranks_of(experiment: Experiment, ranks: int) -> int:
     asked = experiment.parallel
     data_ranks, rest = divmod(ranks, asked.pipeline_ranks)
     if rest or not data_ranks:
-        raise BuildError("parallel.pipeline_ranks", f"{ranks} ranks do not make pipelines of {asked.pipeline_ranks}")
+        raise BuildError(
+            "parallel.pipeline_ranks",
+            f"{ranks} ranks do not make pipelines of {asked.pipeline_ranks}: say how many with --nproc, or torchrun",
+        )
     if data_ranks % asked.expert_ranks:
         raise BuildError(
             "parallel.expert_ranks",
