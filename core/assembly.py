@@ -11,7 +11,7 @@ from tangram.core.contracts import Pipeline
 from tangram.core.executor import Executor
 from tangram.core.experiment import Experiment
 from tangram.core.layout import Layout
-from tangram.core.model import build_model
+from tangram.core.model import Model, build_model
 from tangram.core.plan import split
 from tangram.core.records import Progress
 from tangram.core.step import Trainer
@@ -145,7 +145,7 @@ class Rehearsal:
 
 
 def rehearse(experiment: Experiment, ranks: int | None = None) -> Rehearsal:
-    """Build what surrounds the model and what the first rank holds of it, and lay out every step.
+    """Build the model, its experts shared out, and what surrounds it, without weights, and lay out every step.
 
     Args:
         experiment: The resolved preset.
@@ -166,25 +166,25 @@ def rehearse(experiment: Experiment, ranks: int | None = None) -> Rehearsal:
     if max(sizes) // (train.micro_sequences * data_ranks) > MOST_MICROBATCHES:
         message = f"makes a step of more than {MOST_MICROBATCHES:,} micro-batches: raise train.micro_sequences"
         raise BuildError("train.batch_sequences", message)
-    parallel = Parallel(layout=layout_of(experiment, pipeline, sizes[-1], 0, ranks))
-    model = build_model(experiment, device="meta", parallel=parallel)
-    sharding = built("parallel.sharding", asked.sharding.build, parallel)
+    layout = layout_of(experiment, pipeline, sizes[-1], 0, ranks)
+    # One rank with all stages: what each pipeline rank holds is a part of it.
+    everything = Parallel(layout=evolve(layout, place=dict.fromkeys(layout.place, 0)))
+    model = build_model(experiment, device="meta", parallel=everything)
+    sharding = built("parallel.sharding", asked.sharding.build, everything)
     built("optimizer", experiment.optimizer.build, built("parallel.sharding", sharding.attach, model))
     counts = [size // (train.micro_sequences * data_ranks) for size in sizes]
-    held = _held(experiment, parallel.layout)
+    held = _held(model, layout)
     remarks = tuple(_refused_steps(pipeline, asked.pipeline_ranks, counts))
     return Rehearsal(len(sizes), ranks, min(held), max(held), remarks)
 
 
-def _held(experiment: Experiment, layout: Layout) -> list[int]:
-    """Return how many parameters each pipeline rank holds."""
-    everything = Layout(dict.fromkeys(layout.place, 0))
-    model = build_model(experiment, device="meta", parallel=Parallel(layout=everything))
-    held, shares = [0] * layout.pipeline_ranks, model.shares()
+def _held(model: Model, layout: Layout) -> list[int]:
+    """Return how many of the parameters of a model with all stages each pipeline rank holds."""
+    held = [0] * layout.pipeline_ranks
     for address, parameter in model.named_parameters():
         stages = model.stages_of(address)
         for rank in {rank for (_, stage), rank in layout.place.items() if stage in stages}:
-            held[rank] += parameter.numel() // (layout.expert_ranks if address in shares else 1)
+            held[rank] += parameter.numel()
     return held
 
 

@@ -27,7 +27,7 @@ class Groups:
         """Make the groups that any rank wants and that are not made yet; all ranks must call this at once."""
         wanted: list[set[tuple[int, ...]]] = [set() for _ in range(distributed.get_world_size())]
         distributed.all_gather_object(wanted, self._wanted)
-        for ranks in sorted(set[tuple[int, ...]]().union(*wanted)):
+        for ranks in sorted(set[tuple[int, ...]]().union(*wanted) - self._made.keys()):
             self._made[ranks] = distributed.new_group(list(ranks))
         self._wanted.clear()
 

@@ -6,7 +6,7 @@ have the name `blocks.1.feedforward.down.weight[4:8]`. Whoever reads asks for wh
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -35,17 +35,24 @@ def share_name(key: str, experts: range) -> str:
     return f"{key}[{experts.start}:{experts.stop}]"
 
 
-def _named(name: str) -> tuple[str, int]:
-    """Return the key of a tensor, and with which expert what is stored under a name begins."""
-    match = _SHARE.fullmatch(name)
-    return (match[1], int(match[2])) if match else (name, 0)
-
-
 @frozen
 class _Piece:
+    """What a file has of a tensor: from which expert on, in which file, and under which name."""
+
     start: int
     file: int
     name: str
+
+
+def _pieces(files: Sequence[Iterable[str]]) -> dict[str, list[_Piece]]:
+    """Return the pieces of each tensor, given the names in each file."""
+    found: dict[str, list[_Piece]] = {}
+    for number, names in enumerate(files):
+        for name in names:
+            match = _SHARE.fullmatch(name)
+            key, start = (match[1], int(match[2])) if match else (name, 0)
+            found.setdefault(key, []).append(_Piece(start, number, name))
+    return found
 
 
 class Parts:
@@ -63,13 +70,10 @@ class Parts:
         from safetensors import safe_open
 
         self._files = [safe_open(path, framework="pt") for path in files_of(folder, name)]
-        self._pieces: dict[str, list[_Piece]] = {}
+        self._pieces = _pieces([file.keys() for file in self._files])
         self.values: dict[str, int | float | str] = {}
-        for number, file in enumerate(self._files):
+        for file in self._files:
             self.values |= json.loads((file.metadata() or {}).get("values", "{}"))
-            for stored in file.keys():  # noqa: SIM118 (a file is no mapping)
-                key, start = _named(stored)
-                self._pieces.setdefault(key, []).append(_Piece(start, number, stored))
 
     def keys(self) -> Sequence[str]:
         """Return the names of all tensors."""
@@ -120,11 +124,7 @@ class PartsReader:
     def __init__(self, folder: Path, name: str) -> None:
         self.path = folder
         self._readers = [TensorReader(file) for file in files_of(folder, name)]
-        self._pieces: dict[str, list[_Piece]] = {}
-        for number, reader in enumerate(self._readers):
-            for stored in reader.specs:
-                key, start = _named(stored)
-                self._pieces.setdefault(key, []).append(_Piece(start, number, stored))
+        self._pieces = _pieces([reader.specs for reader in self._readers])
         self.specs: Mapping[str, Spec] = {key: self._whole(pieces) for key, pieces in self._pieces.items()}
 
     def _whole(self, pieces: list[_Piece]) -> Spec:
