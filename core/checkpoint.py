@@ -86,8 +86,7 @@ def save(
 
     def write() -> None:
         for name, content in files.items():
-            if content or team.ranks == 1:
-                _write_state(scratch / f"{file_of(name, team.rank, team.ranks)}.safetensors", content)
+            _write_state(scratch / f"{file_of(name, team.rank, team.ranks)}.safetensors", content)
         if stream is not None:
             stream(scratch)
 
@@ -97,25 +96,26 @@ def save(
         _commit(scratch, final)
 
     for part, alone in ((begin, True), (write, False), (end, True)):
-        trouble = team.meet("" if alone and team.rank else _trouble_with(part))
+        error = None if alone and team.rank else _trouble_with(part)
+        trouble = team.meet("" if error is None else getattr(error, "strerror", None) or str(error))
         if trouble:
             shutil.rmtree(scratch, ignore_errors=True)
             raise CheckpointError(
                 f"{final} could not be written: {trouble}; the checkpoints before it are whole: make room, "
                 "then --resume"
-            )
+            ) from error
     return final
 
 
-def _trouble_with(part: Callable[[], None]) -> str:
+def _trouble_with(part: Callable[[], None]) -> Exception | None:
     """Do a part of the writing; return what went wrong."""
     from safetensors import SafetensorError
 
     try:
         part()
     except (OSError, SafetensorError) as error:
-        return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return ""
+        return error
+    return None
 
 
 def seal(folder: Path, step: int) -> None:
@@ -289,13 +289,28 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     shares: Mapping[str, range] = MappingProxyType({}),
+    *,
+    whole: bool = True,
 ) -> None:
-    """Load the state of what the optimizer steps by address, in place of any that it has."""
+    """Load the state of what the optimizer steps by address, in place of any that it has.
+
+    Args:
+        path: The checkpoint.
+        optimizer: The optimizer.
+        parameters: What the model holds, by address.
+        shares: The experts that it holds, for each address of which it holds not all.
+        whole: Whether it holds all stages.
+
+    Raises:
+        CheckpointError: There is a state of a parameter that a model with all stages does not have.
+    """
     stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     parts, state = Parts(path, "optimizer"), dict[Tensor, dict[str, object]]()
     for name in (*parts.keys(), *parts.values):
         address, _, key = name.rpartition("/")
         parameter = parameters.get(address)
+        if parameter is None and whole:
+            raise CheckpointError(f"{path}: the optimizer's state names {address}, which the experiment does not have")
         if parameter is None or parameter not in stepped:
             continue
         if name in parts.values:

@@ -63,7 +63,10 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class Averaging(Protocol):
-    """An observer that keeps an average of the weights; the run is evaluated with it at its end."""
+    """An observer that keeps an average of the weights; the run is evaluated with it at its end.
+
+    Of several ranks each has one for what it holds, and writes of its state what stands under these addresses.
+    """
 
     def averaged(self) -> Mapping[str, Tensor]:
         """Return the average of every parameter by its address."""

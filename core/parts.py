@@ -25,9 +25,8 @@ def file_of(name: str, rank: int, ranks: int) -> str:
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """Return the files of a name, whoever wrote them."""
-    whole = folder / f"{name}.safetensors"
-    return [whole] if whole.exists() else sorted(folder.glob(f"{name}.part-*.safetensors"))
+    """Return the files of a name, whoever wrote them: that of one rank alone where there are none of several."""
+    return sorted(folder.glob(f"{name}.part-*.safetensors")) or [folder / f"{name}.safetensors"]
 
 
 def share_name(key: str, experts: range) -> str:
@@ -64,6 +63,9 @@ class Parts:
 
     Attributes:
         values: What is no tensor.
+
+    Raises:
+        FileNotFoundError: Nothing was written under it.
     """
 
     def __init__(self, folder: Path, name: str) -> None:

@@ -304,7 +304,7 @@ class Session:
             "optimizer": checkpoint.optimizer_state(run.optimizer, addresses, shares),
         }
         for name, part in self._stateful():
-            if isinstance(part, Averaging):
+            if self._by_address(part):
                 files[name] = checkpoint.in_shares(part.state(), owned, shares)
             elif self.leads:
                 files[name] = part.state()
@@ -344,10 +344,11 @@ class Session:
     def _load(self, found: checkpoint.Found) -> None:
         run, state, shares = self.run, checkpoint.read_state(found.path), self._shares()
         held = dict(run.model.named_parameters())
-        checkpoint.load_model(found.path, run.model, shares, whole=run.parallel.layout.pipeline_ranks == 1)
-        checkpoint.load_optimizer(found.path, run.optimizer, held, shares)
+        whole = run.parallel.layout.pipeline_ranks == 1
+        checkpoint.load_model(found.path, run.model, shares, whole=whole)
+        checkpoint.load_optimizer(found.path, run.optimizer, held, shares, whole=whole)
         for name, part in self._stateful():
-            only = held if isinstance(part, Averaging) else None
+            only = held if self._by_address(part) else None
             part.load_state(checkpoint.read_file(found.path, name, only, shares))
         progress, liveness = state["progress"], state["liveness"]
         assert isinstance(progress, dict) and isinstance(liveness, dict)
@@ -364,6 +365,10 @@ class Session:
         layout = run.parallel.layout
         first = {name for name in held if layout.holders(run.model.stages_of(name), False)[0] == layout.rank}
         return first | set(run.sharding.owned())
+
+    def _by_address(self, part: Stateful) -> bool:
+        """Return whether ranks have a part's state each for what it holds."""
+        return self.run.parallel.layout.ranks > 1 and isinstance(part, Averaging)
 
     def _stateful(self) -> Iterator[tuple[str, Stateful]]:
         watching = {f"observer-{name}": observer for name, observer in self.observers.items()}

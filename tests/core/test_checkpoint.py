@@ -77,6 +77,23 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         checkpoint.load_model(path, nn.Linear(3, 2))
 
 
+def test_the_optimizers_state_of_a_parameter_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    linear = nn.Linear(3, 2)
+    optimizer, state = torch.optim.SGD(linear.parameters(), lr=0.1), {"elsewhere.weight/momentum": torch.ones(2)}
+    path, held = checkpoint.save(tmp_path, 1, {"optimizer": state}, {}), dict(linear.named_parameters())
+    with pytest.raises(CheckpointError, match=r"names elsewhere\.weight, which the experiment does not have"):
+        checkpoint.load_optimizer(path, optimizer, held)
+    checkpoint.load_optimizer(path, optimizer, held, whole=False)  # it may be another rank's
+    assert not optimizer.state
+
+
+def test_what_was_never_written_is_not_read_as_nothing(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, {"model": {}}, {})
+    assert checkpoint.read_file(path, "model") == {}
+    with pytest.raises(FileNotFoundError, match="optimizer"):
+        checkpoint.read_file(path, "optimizer")
+
+
 def test_optimizer_state_goes_by_address_and_comes_back_bitwise(tmp_path: Path) -> None:
     def stepped() -> tuple[nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)

@@ -278,6 +278,7 @@ def test_a_full_disk_is_a_failure_that_leaves_nothing(room, original, tmp_path, 
         err = capsys.readouterr().err
         assert f"{out} could not be written: " in err
         assert "nothing of it is left" in err
+        assert "--resume" not in err  # that is said of a run's checkpoints
         assert "Traceback" not in err
         assert not out.exists()
 

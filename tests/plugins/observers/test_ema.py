@@ -122,6 +122,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+class Counting(EMA):
+    """An average that keeps a tensor of no address besides."""
+
+    def state(self):
+        return {**super().state(), "seen": torch.tensor([3.0])}
+
+
+def test_on_one_rank_all_that_an_average_keeps_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(EMAConfig, "build", lambda config: Counting(config.decay))
+    train(tiny(STEPS), tmp_path)
+    assert averages(tmp_path)["seen"].tolist() == [3.0]
+
+
 def averages(directory: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read_file(directory / "checkpoints" / "step-6", NAME)
 
