@@ -19,6 +19,11 @@ from tangram.core.step import Trainer
 MOST_STEPS, MOST_MICROBATCHES = 1_000_000, 100_000
 """Beyond which a number is a slip of the keyboard; DeepSeek-V3 took a quarter of the steps."""
 
+_BEGINNING = Progress()
+
+_ASKED = 100_000
+"""Micro-batches that a pipeline is asked to order, in sum, to find out which numbers it refuses: a second or two."""
+
 
 @frozen
 class Seat:
@@ -172,10 +177,23 @@ def rehearse(experiment: Experiment, ranks: int | None = None) -> Rehearsal:
     model = build_model(experiment, device="meta", parallel=everything)
     sharding = built("parallel.sharding", asked.sharding.build, everything)
     built("optimizer", experiment.optimizer.build, built("parallel.sharding", sharding.attach, model))
-    counts = [size // (train.micro_sequences * data_ranks) for size in sizes]
     held = _held(model, layout)
-    remarks = tuple(_refused_steps(pipeline, asked.pipeline_ranks, counts))
+    remarks = tuple(_refused_steps(pipeline, asked.pipeline_ranks, sizes, train.micro_sequences * data_ranks))
     return Rehearsal(len(sizes), ranks, min(held), max(held), remarks)
+
+
+def refuse_unfit(run: Trainer) -> None:
+    """Look ahead from where a run stands for a step with a number of micro-batches that its pipeline cannot order.
+
+    Raises:
+        BuildError: There is one.
+    """
+    layout, train = run.parallel.layout, run.experiment.train
+    pipeline = built("parallel.pipeline", run.experiment.parallel.pipeline.build)
+    sizes = list(laid_out(run.experiment, layout.data_ranks, run.progress))
+    unit = train.micro_sequences * layout.data_ranks
+    for refused in _refused_steps(pipeline, layout.pipeline_ranks, sizes, unit, run.progress.step):
+        raise BuildError("parallel.pipeline", refused)
 
 
 def _held(model: Model, layout: Layout) -> list[int]:
@@ -188,17 +206,31 @@ def _held(model: Model, layout: Layout) -> list[int]:
     return held
 
 
-def _refused_steps(pipeline: Pipeline, ranks: int, microbatches: Sequence[int]) -> Iterator[str]:
-    """Say which steps the pipeline refuses for their number of micro-batches, though not the last one's."""
-    answers = {count: _refusal(pipeline, ranks, count) for count in set(microbatches)}
-    refused = [step for step, count in enumerate(microbatches, start=1) if answers[count]]
+def _refused_steps(pipeline: Pipeline, ranks: int, sizes: Sequence[int], unit: int, taken: int = 0) -> Iterator[str]:
+    """Say which steps the pipeline refuses for their number of micro-batches.
+
+    Args:
+        pipeline: The pipeline.
+        ranks: Its ranks.
+        sizes: Sequences of each step.
+        unit: Sequences of a micro-batch on every data rank.
+        taken: Steps before these.
+    """
+    asked = {count: _refusal(pipeline, ranks, count) for count in _sample(sorted({size // unit for size in sizes}))}
+    refused = [step for step, size in enumerate(sizes, start=taken + 1) if asked.get(size // unit)]
     if refused:
-        few = microbatches[refused[0] - 1]
+        few, after = sizes[refused[0] - taken - 1] // unit, refused[-1] + 1
+        fits = f"; from step {after:,} all fit" if after <= taken + len(sizes) else ""
         yield (
             f"{len(refused):,} steps, the first of them step {refused[0]:,} with {few} micro-batches on a data rank, "
-            f"are refused: {answers[few]}; from step {refused[-1] + 1:,} all fit; raise train.batch_sequences, or "
-            "take fewer ranks"
+            f"are refused: {asked[few]}{fits}; raise train.batch_sequences, or take fewer ranks"
         )
+
+
+def _sample(counts: Sequence[int]) -> Sequence[int]:
+    """Return numbers of micro-batches to ask for: all, or of so many that it would take long some, the ends too."""
+    every = -(-sum(counts) // _ASKED)
+    return counts if every <= 1 else [*counts[::every], counts[-1]]
 
 
 def _refusal(pipeline: Pipeline, ranks: int, microbatches: int) -> str:
@@ -209,13 +241,13 @@ def _refusal(pipeline: Pipeline, ranks: int, microbatches: int) -> str:
     return ""
 
 
-def laid_out(experiment: Experiment, data_ranks: int = 1) -> Iterator[int]:
-    """Yield the sequences of every step of a run on so many data ranks, if none is skipped.
+def laid_out(experiment: Experiment, data_ranks: int = 1, now: Progress = _BEGINNING) -> Iterator[int]:
+    """Yield the sequences of every step of a run on so many data ranks, from `now` on, if none is skipped.
 
     Raises:
         BuildError: There are too many.
     """
-    now, train = Progress(), experiment.train
+    train = experiment.train
     while now.tokens < train.tokens:
         sequences = sequences_at(experiment, now, data_ranks)
         tokens, n_steps = sequences * train.sequence_length, 1

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tangram.core import checkpoint
-from tangram.core.assembly import ALONE, Seat, assemble
+from tangram.core.assembly import ALONE, Seat, assemble, refuse_unfit
 from tangram.core.checkpoint import Found, Team
 from tangram.core.config import Origin
 from tangram.core.context import built
@@ -78,7 +78,9 @@ def train(
         if seat.leads:
             tell_changes(directory, experiment)
         session.resume(found)
-    else:
+    if run.parallel.layout.pipeline_ranks > 1:
+        refuse_unfit(run)
+    if found is None:
         session.begin()
         if seat.leads:
             directory.mkdir(parents=True, exist_ok=True)

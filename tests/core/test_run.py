@@ -8,11 +8,21 @@ import torch
 from tiny import tiny
 
 from tangram.core import load_run
-from tangram.core.assembly import MOST_STEPS, assemble, laid_out, rehearse, sequences_at
-from tangram.core.context import BuildError
+from tangram.core.assembly import (
+    _ASKED,
+    MOST_STEPS,
+    _sample,
+    assemble,
+    laid_out,
+    refuse_unfit,
+    rehearse,
+    sequences_at,
+)
+from tangram.core.context import BuildError, Parallel
 from tangram.core.contracts import NonFiniteError
 from tangram.core.evaluation import evaluate
 from tangram.core.experiment import Experiment
+from tangram.core.layout import Layout
 from tangram.core.records import Loss, Progress
 from tangram.core.run import train
 from tangram.core.session import RunError
@@ -222,3 +232,31 @@ def test_as_many_steps_as_may_be_are_laid_out_and_not_one_more() -> None:
     assert sum(laid_out(tiny(f"train.tokens={most}"))) == MOST_STEPS * 4
     with pytest.raises(BuildError, match="more than 1,000,000 steps"):
         list(laid_out(tiny(f"train.tokens={most + 1}")))
+
+
+def test_a_later_step_that_the_pipeline_cannot_order_is_told_beforehand() -> None:
+    """Six micro-batches at first, and two in the second half: dualpipe on two ranks wants four."""
+    asked = tiny(
+        "parallel={pipeline: {use: dualpipe}, pipeline_ranks: 2}",
+        "train.tokens=480",
+        "train.batch_sequences=[{until: 240, value: 6}, {value: 2}]",
+    )
+    run = assemble(asked, trains=False)
+    run.parallel = Parallel(layout=Layout(asked.parallel.pipeline.build().schedule(2, 6).place))
+    with pytest.raises(
+        BuildError, match="step 5 with 2 micro-batches on a data rank, are refused: dualpipe"
+    ):
+        refuse_unfit(run)
+    run.progress = Progress(step=4, tokens=288)
+    with pytest.raises(BuildError, match="8 steps, the first of them step 5 "):
+        refuse_unfit(run)
+
+
+@pytest.mark.parametrize("most", [10, 400, 15_000, 99_999])
+def test_of_many_numbers_of_micro_batches_some_are_asked_for_and_both_ends(most: int) -> None:
+    counts = list(range(3, most + 1))
+    sample = _sample(counts)
+    assert sample[0] == 3
+    assert sample[-1] == most
+    assert set(sample) <= set(counts)
+    assert len(sample) == len(counts) or sum(sample) <= 2 * _ASKED + most
