@@ -243,9 +243,7 @@ def test_a_later_step_that_the_pipeline_cannot_order_is_told_beforehand() -> Non
     )
     run = assemble(asked, trains=False)
     run.parallel = Parallel(layout=Layout(asked.parallel.pipeline.build().schedule(2, 6).place))
-    with pytest.raises(
-        BuildError, match="step 5 with 2 micro-batches on a data rank, are refused: dualpipe"
-    ):
+    with pytest.raises(BuildError, match="step 5 with 2 micro-batches on a data rank, are refused: dualpipe"):
         refuse_unfit(run)
     run.progress = Progress(step=4, tokens=288)
     with pytest.raises(BuildError, match="8 steps, the first of them step 5 "):
