@@ -395,6 +395,13 @@ class Pipeline(Protocol):
         ...
 
 
+class Shard(nn.Parameter):
+    """Some rows, by the first dimension, of a parameter whose others are elsewhere.
+
+    An optimizer is given them where a sharding cuts parameters; one that needs them whole says so in `build`.
+    """
+
+
 class Sharding(Protocol):
     """Decides who keeps which parameter, and reduces gradients."""
 
@@ -403,7 +410,11 @@ class Sharding(Protocol):
         ...
 
     def owned(self) -> Collection[str]:
-        """Return the addresses that this rank writes into checkpoints; every one is owned by one rank."""
+        """Return the addresses that this rank writes into checkpoints; one rank owns each, or each row of it."""
+        ...
+
+    def rows(self) -> Mapping[str, range]:
+        """Return which rows of the first dimension the model has here, for each address of which it has not all."""
         ...
 
     def reduce(self) -> None:

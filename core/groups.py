@@ -7,6 +7,10 @@ from torch import Tensor, distributed
 
 _T = TypeVar("_T")
 
+# torch 2.13 has other names for these and warns of the old ones; 2.11 does not have the new ones.
+_gather_rows = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_scatter_rows = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
 
 class Groups:
     """The groups that pieces of a rank want. They are made all at once, by all ranks: those of others too.
@@ -49,6 +53,18 @@ class Groups:
         if len(ranks) > 1:
             distributed.all_reduce(tensor, group=self.of(ranks))
         return tensor
+
+    def every_row(self, row: Tensor, ranks: Sequence[int]) -> Tensor:
+        """Return the rows [R, L] of R ranks, of which each gives its own [L]."""
+        rows = row.new_empty(len(ranks) * len(row))
+        _gather_rows(rows, row, group=self.of(ranks))
+        return rows.view(len(ranks), -1)
+
+    def sum_row(self, rows: Tensor, ranks: Sequence[int]) -> Tensor:
+        """Return of the rows [R, L] this one's [L], summed over R ranks; each of them gives all."""
+        row = rows.new_empty(rows.shape[1])
+        _scatter_rows(row, rows.flatten(), group=self.of(ranks))
+        return row
 
     def gather(self, items: list[_T], ranks: Sequence[int], group: distributed.ProcessGroup | None = None) -> list[_T]:
         """Return the items of all these ranks in their order; over a `group` aside, or else their common one."""

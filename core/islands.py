@@ -36,6 +36,17 @@ def back(links: list[Link]) -> None:
         torch.autograd.backward([left for left, _ in roots], [grad for _, grad in roots])
 
 
+def tensors(carry: Carry) -> list[Tensor]:
+    """Return every tensor in a carry, those in it twice once."""
+    found: dict[int, Tensor] = {}
+
+    def take(tensor: Tensor) -> Tensor:
+        return found.setdefault(id(tensor), tensor)
+
+    _mapped(take, carry)
+    return list(found.values())
+
+
 def _mapped(fn: Callable[[Tensor], Tensor], value: _T) -> _T:
     """Return a record with `fn` done to every tensor in it: in records inside it, and in tuples."""
     if isinstance(value, Tensor):

@@ -28,6 +28,7 @@ class Model(nn.Module):
         parallel: Where the work runs.
 
     Attributes:
+        around: What is done around the phases of a stage; a sharding that does not keep all parameters whole sets it.
         experts: Routed experts of every layer of the whole model; 0 where there is no router.
         on_tokens: Names of the losses on tokens of the whole model.
 
@@ -41,6 +42,7 @@ class Model(nn.Module):
         self.n_stages = layout.n_stages
         self._layers = split(config.n_layers, self.n_stages)
         self.dim = config.dim
+        self.around: Callable[[list[Phase]], list[Phase]] = list  # as they are
         self.n_layers, self.recompute = config.n_layers, Recompute(config.recompute)
         ctx = Context(
             dim=config.dim,
@@ -160,7 +162,7 @@ class Model(nn.Module):
             named = {name: loss for name, loss in self.routing_objectives.items() if weights[name]}
             if named:
                 phases.append(Phase("routing", "compute", _routing(named, batch)))
-        return [phase._replace(fn=self._scoped(phase.fn)) for phase in phases]
+        return self.around([phase._replace(fn=self._scoped(phase.fn)) for phase in phases])
 
     def _embed(self, tokens: Tensor) -> Callable[[Carry], Carry]:
         embedding = self.embedding

@@ -1,7 +1,8 @@
-"""The tensors of a checkpoint that several ranks wrote: each in a file of its own, of the experts a share each.
+"""The tensors of a checkpoint that several ranks wrote: each in a file of its own, a tensor or some of its rows.
 
-A rank writes `model.part-3.safetensors` where one rank alone writes `model.safetensors`; the experts 4 to 7 of a tensor
-have the name `blocks.1.feedforward.down.weight[4:8]`. Whoever reads asks for what it holds, in whatever layout.
+A rank writes `model.part-3.safetensors` where one rank alone writes `model.safetensors`; the rows 4 to 7 of a tensor,
+which are experts where these come first, have the name `blocks.1.feedforward.down.weight[4:8]`. Whoever reads asks for
+what it holds, in whatever layout.
 """
 
 import json
@@ -29,14 +30,14 @@ def files_of(folder: Path, name: str) -> list[Path]:
     return sorted(folder.glob(f"{name}.part-*.safetensors")) or [folder / f"{name}.safetensors"]
 
 
-def share_name(key: str, experts: range) -> str:
-    """Return the name of a share of a tensor."""
-    return f"{key}[{experts.start}:{experts.stop}]"
+def share_name(key: str, rows: range) -> str:
+    """Return the name of some rows of a tensor."""
+    return f"{key}[{rows.start}:{rows.stop}]"
 
 
 @frozen
 class _Piece:
-    """What a file has of a tensor: from which expert on, in which file, and under which name."""
+    """What a file has of a tensor: from which row on, in which file, and under which name."""
 
     start: int
     file: int
@@ -90,13 +91,13 @@ class Parts:
         shapes = [self._files[piece.file].get_slice(piece.name).get_shape() for piece in self._distinct(key)]
         return torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else ())
 
-    def read(self, key: str, experts: range | None = None) -> Tensor:
-        """Return a tensor, or only some experts of it.
+    def read(self, key: str, rows: range | None = None) -> Tensor:
+        """Return a tensor, or only some rows of it: those of its first dimension.
 
         Raises:
             KeyError: There is no such tensor.
         """
-        found = []
+        found = list[Tensor]()
         for piece in self._distinct(key):
             stored = self._files[piece.file].get_slice(piece.name)
             shape = stored.get_shape()
@@ -104,10 +105,10 @@ class Parts:
                 whole: Tensor = self._files[piece.file].get_tensor(piece.name)
                 return whole
             wanted = range(piece.start, piece.start + shape[0])
-            if experts is not None:
-                wanted = range(max(wanted.start, experts.start), min(wanted.stop, experts.stop))
-            if wanted or experts is None:
-                found.append(stored[wanted.start - piece.start : wanted.stop - piece.start])
+            if rows is not None:
+                wanted = range(max(wanted.start, rows.start), min(wanted.stop, rows.stop))
+            if wanted or not found:  # the first also where nothing is wanted, for the other dimensions
+                found.append(stored[wanted.start - piece.start : max(wanted.start, wanted.stop) - piece.start])
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _distinct(self, key: str) -> list[_Piece]:
@@ -141,6 +142,9 @@ class PartsReader:
         stop = whole.rows if stop is None else stop
         if len(pieces) == 1:
             return self._readers[pieces[0].file].read(pieces[0].name, start, stop)
+        if len(whole.shape) == 1:  # a vector is one row
+            parts = [self._readers[piece.file].read(piece.name) for piece in pieces]
+            return torch.cat(parts, 1)[start:stop]
         found, height = [], whole.rows // whole.shape[0]
         for piece in pieces:
             first = piece.start * height

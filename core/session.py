@@ -297,7 +297,7 @@ class Session:
             self._write(view)
 
     def _write(self, view: RunView) -> None:
-        run, owned, shares = self.run, self._owned(), self._shares()
+        run, owned, shares = self.run, self._owned(), self.run.sharding.rows()
         addresses = {p: address for address, p in run.model.named_parameters() if address in owned}
         files: dict[str, State] = {
             "model": checkpoint.in_shares(run.model.state_dict(), owned, shares),
@@ -342,7 +342,7 @@ class Session:
         self.seconds = float(str(state["seconds"]))
 
     def _load(self, found: checkpoint.Found) -> None:
-        run, state, shares = self.run, checkpoint.read_state(found.path), self._shares()
+        run, state, shares = self.run, checkpoint.read_state(found.path), self.run.sharding.rows()
         held = dict(run.model.named_parameters())
         whole = run.parallel.layout.pipeline_ranks == 1
         checkpoint.load_model(found.path, run.model, shares, whole=whole)
@@ -354,9 +354,6 @@ class Session:
         assert isinstance(progress, dict) and isinstance(liveness, dict)
         run.progress = Progress(**progress | {"skipped": tuple(progress["skipped"])})
         self.liveness, self.saved = Liveness(**liveness), found.step
-
-    def _shares(self) -> dict[str, range]:
-        return self.run.model.shares() if self.run.parallel.layout.expert_ranks > 1 else {}
 
     def _owned(self) -> set[str]:
         """Return what this rank writes: of buffers, which are alike on all their holders, the first one does."""

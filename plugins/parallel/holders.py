@@ -7,7 +7,7 @@ an embedding that the first and the last stage use.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from attrs import frozen
@@ -44,6 +44,11 @@ def buckets(model: Model, parallel: Parallel) -> list[Bucket]:
     for ranks in found:
         parallel.groups.want(ranks)
     return [Bucket(ranks, tuple(found[ranks])) for ranks in sorted(found)]
+
+
+def rows_of(model: Model, parallel: Parallel) -> Mapping[str, range]:
+    """Return which experts are here, for each address of which not all are."""
+    return model.shares() if parallel.layout.expert_ranks > 1 else {}
 
 
 def messages(parameters: Sequence[Named]) -> Iterator[list[Named]]:
@@ -106,7 +111,7 @@ def clip(counted: Sequence[Named], held: Sequence[Named], limit: float, parallel
     if not math.isfinite(value):
         finite = torch.isfinite(norms).tolist()
         broken = [address for (address, _), ok in zip(found, finite, strict=False) if not ok]
-        return GradientNorm(value, tuple(parallel.groups.gather(broken, everyone)))
+        return GradientNorm(value, tuple(dict.fromkeys(parallel.groups.gather(broken, everyone))))
     grads = [p.grad for _, p in held if p.grad is not None]
     if value > limit and grads:
         torch._foreach_mul_(grads, limit / value)

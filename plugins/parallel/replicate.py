@@ -1,6 +1,6 @@
 """Every holder of a parameter keeps all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 from torch import nn
@@ -10,7 +10,15 @@ from tangram.core.contracts import Sharding
 from tangram.core.model import Model
 from tangram.core.records import GradientNorm
 from tangram.core.registry import component
-from tangram.plugins.parallel.holders import Bucket, buckets, clip, messages, packed_gradients, unpack_gradients
+from tangram.plugins.parallel.holders import (
+    Bucket,
+    buckets,
+    clip,
+    messages,
+    packed_gradients,
+    rows_of,
+    unpack_gradients,
+)
 
 
 @component("sharding", use="replicate", capabilities=["ranks"])
@@ -30,10 +38,12 @@ class Replicate:
         self._parallel = parallel
         self._buckets: list[Bucket] = []
         self._parameters: list[tuple[str, nn.Parameter]] = []
+        self._rows: Mapping[str, range] = {}
 
     def attach(self, model: Model) -> Sequence[tuple[str, nn.Parameter]]:
         """Return the model's parameters with their addresses."""
         self._buckets, self._parameters = buckets(model, self._parallel), list(model.named_parameters())
+        self._rows = rows_of(model, self._parallel)
         return self._parameters
 
     def owned(self) -> frozenset[str]:
@@ -43,6 +53,10 @@ class Replicate:
     def _counted(self) -> list[tuple[str, nn.Parameter]]:
         rank = self._parallel.layout.rank
         return [named for bucket in self._buckets if bucket.ranks[0] == rank for named in bucket.parameters]
+
+    def rows(self) -> Mapping[str, range]:
+        """Return the rank's share of the experts."""
+        return self._rows
 
     def reduce(self) -> None:
         """Sum the gradients over their holders, in float32."""

@@ -18,6 +18,7 @@ from tangram.plugins.parallel.holders import (
     clip,
     messages,
     packed_gradients,
+    rows_of,
     unpack_gradients,
 )
 
@@ -42,9 +43,11 @@ class ZeRO1:
         self._parallel = parallel
         self._shares: list[tuple[Bucket, Mapping[int, list[Named]]]] = []
         self._owned: list[Named] = []
+        self._rows: Mapping[str, range] = {}
 
     def attach(self, model: Model) -> Sequence[tuple[str, nn.Parameter]]:
         """Return the parameters that this rank owns, with their addresses."""
+        self._rows = rows_of(model, self._parallel)
         self._shares = [(bucket, shares(bucket)) for bucket in buckets(model, self._parallel)]
         self._owned = [named for _, share in self._shares for named in share[self._parallel.layout.rank]]
         return self._owned
@@ -52,6 +55,10 @@ class ZeRO1:
     def owned(self) -> frozenset[str]:
         """Return the addresses that this rank steps."""
         return frozenset(address for address, _ in self._owned)
+
+    def rows(self) -> Mapping[str, range]:
+        """Return the rank's share of the experts."""
+        return self._rows
 
     def reduce(self) -> None:
         """Sum the gradients over their holders, in float32, at their owners; the others let go of theirs."""

@@ -9,6 +9,7 @@ from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt
 from torch import Tensor, nn
 
+from tangram.core.contracts import Shard
 from tangram.core.registry import component
 from tangram.plugins.training.adamw import check_betas, step_adamw
 
@@ -52,7 +53,16 @@ class MuonConfig:
         check_betas(self.betas)
 
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> "Muon":
-        """Build it; the learning rate is set before every step."""
+        """Build it; the learning rate is set before every step.
+
+        Raises:
+            ValueError: A matrix is cut.
+        """
+        if any(isinstance(p, Shard) and self.orthogonalises(address, p) for address, p in parameters):
+            raise ValueError(
+                "muon orthogonalises whole matrices, and parallel.sharding cuts them: name zero1 there, which shares "
+                "them out whole, or another optimizer, such as adamw"
+            )
         return Muon(self, parameters)
 
     def orthogonalises(self, address: str, parameter: Tensor) -> bool:

@@ -145,21 +145,27 @@ class ShardingContract(Contract):
 
     @law(requires="ranks", kills=[mutants.doubles_the_gradients])
     def ranks_take_the_steps_of_one(self, config: Any) -> None:
-        """Two ranks, half of the rows each, leave after two steps the weights and norms that one rank leaves."""
-        alone = _two_steps(0, 1, config)
-        for rank, together in enumerate(run_ranks(_two_steps, _RANKS, _RANKS, config)):
+        """Two ranks, half of the batch each, leave after two steps the weights and norms that one rank leaves."""
+        alone, found = _two_steps(0, 1, config), run_ranks(_two_steps, _RANKS, _RANKS, config)
+        for name, value in alone.weights.items():
+            kept = sorted(row for each in found if name in each.rows for row in each.rows[name])
+            assert not kept or kept == list(range(len(value))), f"rows {kept} of {name} are kept, of {len(value)}"
+        for rank, together in enumerate(found):
             for number, (norm, expected) in enumerate(zip(together.norms, alone.norms, strict=True)):
                 assert math.isclose(norm, expected, rel_tol=1e-9), f"step {number}: norm {norm} for {expected}"
             assert together.weights.keys() == alone.weights.keys(), f"rank {rank} has other addresses"
             for name, value in alone.weights.items():
+                rows = together.rows.get(name, range(len(value)))
+                value = value[rows.start : rows.stop]
                 assert_close(together.weights[name], value, length=10_000, msg=f"rank {rank}, {name}")
 
 
 @frozen(eq=False)
 class _Taken:
-    """Where two steps led."""
+    """Where two steps led: of weights of which a rank keeps some rows, those."""
 
     weights: Mapping[str, Tensor]
+    rows: Mapping[str, range]
     norms: tuple[float, ...]
 
 
@@ -180,7 +186,8 @@ def _two_steps(rank: int, ranks: int, config: Any) -> _Taken:
         sharding.gather()
         model.zero_grad()
         now = now.after(batch)
-    return _Taken({name: p.detach().clone() for name, p in model.named_parameters()}, tuple(norms))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return _Taken(weights, sharding.rows(), tuple(norms))
 
 
 def _give(model: Model, seed: int, scale: float) -> None:

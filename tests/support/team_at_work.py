@@ -62,10 +62,10 @@ def two_steps(rank: int, ranks: int, overrides: Sequence[str]) -> list[Taken]:
 
 
 def _owned_gradients(run: Trainer) -> list[tuple[str, int, Tensor]]:
-    """Return the gradients that this rank answers for, with the first expert of each share."""
-    owned, shares = run.sharding.owned(), run.model.shares()
+    """Return the gradients that this rank answers for, with the first row of each part."""
+    owned, rows = run.sharding.owned(), run.sharding.rows()
     return [
-        (address, shares[address].start if address in shares else 0, p.grad.clone())
+        (address, rows[address].start if address in rows else 0, p.grad.clone())
         for address, p in run.model.named_parameters()
         if address in owned and p.grad is not None
     ]

@@ -1,6 +1,7 @@
 """The pipelines and the shardings keep the laws of their slots."""
 
 from tangram.plugins.parallel.dualpipe import DualPipeConfig, DualPipeVConfig
+from tangram.plugins.parallel.fsdp import FSDPConfig
 from tangram.plugins.parallel.gpipe import GPipeConfig
 from tangram.plugins.parallel.interleaved import InterleavedConfig
 from tangram.plugins.parallel.one_f_one_b import OneFOneBConfig
@@ -40,3 +41,7 @@ class TestDualPipeV(PipelineContract):
 
 class TestReplicate(ShardingContract):
     config = ReplicateConfig()
+
+
+class TestFSDP(ShardingContract):
+    config = FSDPConfig()
