@@ -94,8 +94,10 @@ class Measured(Protocol):
 class Cache(Protocol):
     """What attention keeps of earlier tokens of B sequences."""
 
-    lengths: Tensor
-    """Tokens kept of each sequence, int64 [B]."""
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens kept of each sequence, int64 [B]."""
+        ...
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +110,14 @@ class Cache(Protocol):
 
     def fork(self, rows: Tensor) -> "Cache":
         """Return a cache whose sequence i continues sequence `rows[i]` of this one."""
+        ...
+
+    def kept(self, row: int) -> Tensor:
+        """Return what is kept of a sequence, [T, ...]: what another cache needs to go on with it."""
+        ...
+
+    def admit(self, entries: Tensor) -> None:
+        """Take up one more sequence, of which `kept` of such a cache returned the entries."""
         ...
 
 
@@ -317,6 +327,37 @@ class TokenObjective(nn.Module, ABC):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """A token objective whose modules can guess tokens ahead: the k-th guesses token i + k + 1 at position i."""
+
+    @property
+    def depth(self) -> int:
+        """Modules, and so tokens that can be drafted after the trunk's own."""
+        ...
+
+    def new_cache(self, k: int, batch: int, length: int) -> Cache:
+        """Return an empty cache of module k, from 1 on, for `batch` sequences of at most `length` tokens."""
+        ...
+
+    def draft(self, k: int, hidden: Tensor, tokens: Tensor, positions: Tensor, cache: Cache, shared: Shared) -> Tensor:
+        """Return the residual stream [B, S, D] after module k.
+
+        Args:
+            k: The module, from 1 on.
+            hidden: Residual stream [B, S, D] at the positions: after the trunk, or else after module k - 1.
+            tokens: Tokens k places further, int64 [B, S].
+            positions: int64 [B, S].
+            cache: What module k keeps of earlier positions.
+            shared: What it borrows from the trunk.
+        """
+        ...
+
+    def logits(self, k: int, hidden: Tensor, shared: Shared) -> Tensor:
+        """Return the logits [B, S, V] of the token k + 1 places further, of what `draft` returned."""
+        ...
 
 
 class RoutingObjective(Protocol):

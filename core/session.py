@@ -217,8 +217,10 @@ class Session:
         sample = ""
         if train.prompt and run.data.tokenizer is not None:
             from tangram.core.decoding import sample as continued
+            from tangram.core.sampling import Sampling
 
-            sample = continued(model, run.data.tokenizer, train.prompt, 96, temperature=0.7, seed=train.seed)
+            drawn = Sampling(temperature=0.7, seed=train.seed)
+            sample = continued(model, run.data.tokenizer, train.prompt, 96, sampling=drawn)
         probe = run.data.batch(run.progress, train.micro_sequences).to(next(model.parameters()).device)
         return sample, tuple(self.liveness.judge(model, probe, run.progress))
 

@@ -1,25 +1,113 @@
-"""The cache that the attentions of this folder share: one row of values for each token."""
+"""The cache that the attentions of this folder share: one row of values for each token, in blocks.
+
+A pool hands out blocks of 64 tokens. A sequence is a list of blocks; a fork shares its blocks, and whoever writes into
+a shared one first takes a copy. Blocks come in a row where they are free, so that the tokens of a sequence mostly lie
+side by side and are read where they are.
+"""
+
+import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+BLOCK = 64
+"""Tokens of a block."""
+
+
+class _Pool:
+    """Blocks of entries [blocks, BLOCK, width], each with the number of sequences that hold it."""
+
+    def __init__(self, blocks: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Zeros, because what no one wrote is multiplied by a share of zero, which a nan would survive.
+        self.entries = torch.zeros(blocks, BLOCK, width, dtype=dtype, device=device)
+        self.holders = [0] * blocks
+        self.free = set(range(blocks))
+
+    def take(self, wanted: int) -> int:
+        """Return a free block, number `wanted` if it is one."""
+        if not self.free:
+            more = max(len(self.holders), 1)
+            self.entries = torch.cat([self.entries, self.entries.new_zeros(more, *self.entries.shape[1:])])
+            self.free.update(range(len(self.holders), len(self.holders) + more))
+            self.holders += [0] * more
+        block = wanted if wanted in self.free else min(self.free)
+        self.free.remove(block)
+        self.holders[block] = 1
+        return block
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.holders[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.holders[block] -= 1
+            if not self.holders[block]:
+                self.free.add(block)
+
+
+def _release_all(pool: _Pool, rows: list[list[int]]) -> None:
+    for blocks in rows:
+        pool.release(blocks)
+
 
 class TokenCache:
-    """Keeps `width` values for each token of B sequences, in a buffer of fixed length."""
+    """Keeps `width` values for each token of B sequences."""
 
-    def __init__(self, entries: Tensor, lengths: Tensor) -> None:
-        self.entries, self.lengths = entries, lengths  # [B, L, width], int64 [B]
+    def __init__(self, pool: _Pool, limit: int, rows: list[list[int]], counts: list[int]) -> None:
+        self._pool, self._limit = pool, limit
+        self._rows, self._counts = rows, counts  # of each sequence its blocks, and its tokens
+        self._table: Tensor | None = None
+        weakref.finalize(self, _release_all, pool, rows)
 
     @classmethod
     def empty(cls, batch: int, length: int, width: int, like: Tensor, dtype: torch.dtype) -> "TokenCache":
-        """Return an empty cache on the device of `like`."""
-        entries = torch.zeros(batch, length, width, dtype=dtype, device=like.device)
-        return cls(entries, torch.zeros(batch, dtype=torch.int64, device=like.device))
+        """Return an empty cache for `batch` sequences of at most `length` tokens, on the device of `like`."""
+        pool = _Pool(batch * -(-length // BLOCK), width, dtype, like.device)
+        return cls(pool, length, [[] for _ in range(batch)], [0] * batch)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens kept of each sequence, int64 [B]."""
+        return torch.tensor(self._counts, dtype=torch.int64, device=self._pool.entries.device)
+
+    @property
+    def longest(self) -> int:
+        """Tokens kept of the longest sequence."""
+        return max(self._counts, default=0)
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the tokens kept."""
-        return int(self.lengths.sum()) * self.entries.shape[2] * self.entries.element_size()
+        return sum(self._counts) * self._pool.entries.shape[2] * self._pool.entries.element_size()
+
+    @property
+    def blocks(self) -> Tensor:
+        """The blocks of all sequences, [blocks, BLOCK, width]."""
+        return self._pool.entries
+
+    @property
+    def table(self) -> Tensor:
+        """Which blocks hold a sequence, in order, int32 [B, most blocks of a sequence]; behind the last one zeros."""
+        if self._table is None:
+            most = max(map(len, self._rows), default=0)
+            rows = [blocks + [0] * (most - len(blocks)) for blocks in self._rows]
+            self._table = torch.tensor(rows, dtype=torch.int32, device=self._pool.entries.device).view(len(rows), most)
+        return self._table
+
+    def store(self, values: Tensor) -> None:
+        """Append values [B, S, width].
+
+        Raises:
+            ValueError: A sequence outgrows the cache, which then stays as it was.
+        """
+        count = values.shape[1]
+        needed = self.longest + count
+        if needed > self._limit:
+            raise ValueError(f"the cache holds {self._limit} tokens and {needed} are needed")
+        for row, value in enumerate(values):
+            self._write(row, value)
 
     def append(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append values [B, S, width]; return all entries [B, L, width] and which of them each query sees.
@@ -29,15 +117,15 @@ class TokenCache:
         Raises:
             ValueError: A sequence outgrows the cache.
         """
-        batch, count, _ = values.shape
-        places = self.lengths[:, None] + torch.arange(count, device=values.device)  # [B, S]
-        used = int(places[:, -1].max()) + 1
-        if used > self.entries.shape[1]:
-            raise ValueError(f"the cache holds {self.entries.shape[1]} tokens and {used} are needed")
-        self.entries[torch.arange(batch, device=values.device)[:, None], places] = values
-        self.lengths = places[:, -1] + 1
-        seen = torch.arange(used, device=values.device) <= places[:, :, None]
-        return self.entries[:, :used], seen
+        self.store(values)
+        count = values.shape[1]
+        longest = self.longest
+        places = self.lengths[:, None] - count + torch.arange(count, device=values.device)  # [B, S]
+        seen = torch.arange(longest, device=values.device) <= places[:, :, None]
+        rows = [self._entries(row, longest) for row in range(len(self._rows))]
+        if not rows:
+            return values.new_zeros(0, longest, values.shape[2]), seen
+        return (rows[0][None] if len(rows) == 1 else torch.stack(rows)), seen
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget all but the first `lengths` [B] tokens of each sequence.
@@ -45,10 +133,79 @@ class TokenCache:
         Raises:
             ValueError: A length is beyond what is kept.
         """
-        if bool((lengths > self.lengths).any()) or bool((lengths < 0).any()):
-            raise ValueError(f"cannot truncate {self.lengths.tolist()} tokens to {lengths.tolist()}")
-        self.lengths = lengths.clone()
+        wanted = lengths.tolist()
+        if any(not 0 <= new <= old for new, old in zip(wanted, self._counts, strict=True)):
+            raise ValueError(f"cannot truncate {self._counts} tokens to {wanted}")
+        self._counts = wanted
+        for blocks, count in zip(self._rows, wanted, strict=True):
+            kept = -(-count // BLOCK)
+            if kept < len(blocks):
+                self._pool.release(blocks[kept:])
+                del blocks[kept:]
+                self._table = None
 
     def fork(self, rows: Tensor) -> "TokenCache":
-        """Return a cache whose sequence i continues sequence `rows[i]` of this one."""
-        return TokenCache(self.entries[rows], self.lengths[rows])
+        """Return a cache whose sequence i continues sequence `rows[i]` of this one, in the same blocks."""
+        wanted = rows.tolist()
+        shared = [list(self._rows[row]) for row in wanted]
+        for blocks in shared:
+            self._pool.hold(blocks)
+        return TokenCache(self._pool, self._limit, shared, [self._counts[row] for row in wanted])
+
+    def kept(self, row: int) -> Tensor:
+        """Return what is kept of a sequence, [T, width]."""
+        return self._entries(row, self._counts[row])
+
+    def admit(self, entries: Tensor) -> None:
+        """Take up one more sequence, of which `kept` returned the entries [T, width].
+
+        Raises:
+            ValueError: It is longer than this cache's sequences may be.
+        """
+        if len(entries) > self._limit:
+            raise ValueError(f"the cache holds {self._limit} tokens and {len(entries)} are needed")
+        self._rows.append([])
+        self._counts.append(0)
+        self._table = None
+        self._write(len(self._rows) - 1, entries)
+
+    def _write(self, row: int, values: Tensor) -> None:
+        """Append values [S, width] to a sequence."""
+        blocks, at = self._rows[row], self._counts[row]
+        stop = at + len(values)
+        if len(values) and at % BLOCK and self._pool.holders[blocks[-1]] > 1:
+            shared = blocks[-1]
+            blocks[-1] = self._pool.take(shared + 1)
+            self._pool.entries[blocks[-1]] = self._pool.entries[shared]
+            self._pool.release([shared])
+            self._table = None
+        while len(blocks) * BLOCK < stop:
+            first = row * -(-self._limit // BLOCK)  # each sequence begins where there is room behind it
+            blocks.append(self._pool.take(blocks[-1] + 1 if blocks else first))
+            self._table = None
+        flat, done = self._pool.entries.flatten(0, 1), 0
+        while done < len(values):
+            place = (at + done) // BLOCK
+            last = place
+            while last + 1 < len(blocks) and blocks[last + 1] == blocks[last] + 1:
+                last += 1
+            start = blocks[place] * BLOCK + (at + done) % BLOCK
+            size = min((blocks[last] + 1) * BLOCK - start, len(values) - done)
+            flat[start : start + size] = values[done : done + size]
+            done += size
+        self._counts[row] = stop
+
+    def _entries(self, row: int, length: int) -> Tensor:
+        """Return `length` entries from the beginning of a sequence, [length, width]; behind its last one anything."""
+        blocks, flat = self._rows[row], self._pool.entries.flatten(0, 1)
+        if not blocks:
+            return flat.new_zeros(length, flat.shape[1])
+        start = blocks[0] * BLOCK
+        if blocks[-1] - blocks[0] + 1 == len(blocks) and blocks == list(range(blocks[0], blocks[-1] + 1)):
+            found = flat[start : start + length]
+            if len(found) == length:
+                return found
+        places = torch.arange(length, device=flat.device)
+        places = torch.clamp(places, max=len(blocks) * BLOCK - 1)
+        index = torch.tensor(blocks, device=flat.device)[places // BLOCK] * BLOCK + places % BLOCK
+        return flat[index]

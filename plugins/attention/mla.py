@@ -1,4 +1,10 @@
-"""Multi-head latent attention (arXiv:2412.19437, section 2.1.1, equations 1 to 11)."""
+"""Multi-head latent attention (arXiv:2412.19437, section 2.1.1, equations 1 to 11).
+
+From a cache there are two ways to the same numbers. Expanded, keys and values are made again from the latents of all
+L tokens, as training makes them; absorbed, W^UK is multiplied into the S queries and W^UV into what they take, and
+they attend to the latents themselves. Whichever takes fewer operations is taken: the first for a long prompt, the
+second for the few tokens of decoding.
+"""
 
 import torch
 from attrs import field, frozen
@@ -9,7 +15,7 @@ from tangram.core.context import Context
 from tangram.core.contracts import Attention, Cache
 from tangram.core.layers import norm
 from tangram.core.registry import component
-from tangram.kernels import Yarn, causal_attention, frequencies, masked_attention, rotate, rotation
+from tangram.kernels import Yarn, causal_attention, frequencies, masked_attention, mla_decode, rotate, rotation
 from tangram.plugins.attention.cache import TokenCache
 
 
@@ -104,10 +110,35 @@ class MLA(Attention):
             out = causal_attention(q, k, v, self.scale, segments)
         else:
             assert isinstance(cache, TokenCache)
-            entries, seen = cache.append(torch.cat([latent, shared_key], -1))
-            k, v = self._keys_and_values(*entries.split([self.config.kv_rank, self.config.rope_dim], -1))
-            out = masked_attention(q, k, v, self.scale, seen)
+            entries = torch.cat([latent, shared_key], -1)
+            out = self._absorbed(q, entries, cache) if self._absorbs(q, cache) else self._expanded(q, entries, cache)
         return self.out(out.flatten(2))  # type: ignore[no-any-return]
+
+    def _absorbs(self, q: Tensor, cache: TokenCache) -> bool:
+        """Return whether the absorbed way takes fewer operations, and no gradient is asked for."""
+        if torch.is_grad_enabled() and q.requires_grad:
+            return False
+        c, tokens = self.config, q.shape[1]
+        length = cache.longest + tokens
+        absorbed = tokens * (length * (2 * c.kv_rank + c.rope_dim) + c.kv_rank * (c.nope_dim + c.value_dim))
+        head = c.nope_dim + c.value_dim
+        return absorbed < length * c.kv_rank * head + tokens * length * (head + c.rope_dim)
+
+    def _expanded(self, q: Tensor, entries: Tensor, cache: TokenCache) -> Tensor:
+        kept, seen = cache.append(entries)
+        k, v = self._keys_and_values(*kept.split([self.config.kv_rank, self.config.rope_dim], -1))
+        return masked_attention(q, k, v, self.scale, seen)
+
+    def _absorbed(self, q: Tensor, entries: Tensor, cache: TokenCache) -> Tensor:
+        cache.store(entries)
+        c = self.config
+        weight = self.kv_up.get_parameter("weight").to(q.dtype)
+        w_k, w_v = weight.view(c.n_heads, -1, c.kv_rank).split([c.nope_dim, c.value_dim], 1)  # [H, nope | value, C]
+        nope, turned = q.split([c.nope_dim, c.rope_dim], -1)
+        # W^UK multiplied into the query instead of the latents, and W^UV into their mean (section 2.1.1).
+        q = torch.cat([torch.einsum("bshn,hnc->bshc", nope, w_k), turned], -1)
+        means = mla_decode(q, cache.blocks, cache.table, cache.lengths, self.scale, c.kv_rank)
+        return torch.einsum("bshc,hvc->bshv", means, w_v)
 
     def _query_input(self, x: Tensor) -> Tensor:
         if self.config.q_rank is None:

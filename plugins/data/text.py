@@ -1,5 +1,6 @@
 """Text as data: a corpus, the tokenizer trained on it, and packed sequences (arXiv:2412.19437, section 4.1)."""
 
+import json
 import platform
 from hashlib import sha256
 from pathlib import Path
@@ -44,6 +45,14 @@ class TextConfig:
             raise ValueError("corpus: files needs globs in files")
         if self.corpus == "python" and self.files:
             raise ValueError("files are given, but corpus is python: say corpus: files")
+
+    @classmethod
+    def example(cls, folder: Path) -> "TextConfig":
+        """Return a config of a small text, which is written into the folder: with it the laws are tried."""
+        texts = [f"{i}: " + "naïve café 世界 🙂 " * (i % 3) + f"ends {i}.\n" for i in range(60)]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / "documents.jsonl").write_text("".join(lines), encoding="utf-8")
+        return cls(corpus="files", files=(f"{folder}/documents.jsonl",), held_out_every=5)
 
     def build(self, train: TrainConfig, vocab_size: int) -> Stream:
         """Read the corpus, train its tokenizer or read the given one, and encode it.

@@ -6,11 +6,15 @@ import attrs
 from attrs import frozen
 from attrs.validators import min_len
 
+from tangram.core.curve import Curve
 from tangram.core.experiment import TrainConfig
 from tangram.core.registry import component
 from tangram.plugins.data import shards
 from tangram.plugins.data.corpus import DataError
 from tangram.plugins.data.stream import Stream
+from tangram.plugins.data.text import TextConfig
+
+_EXAMPLE_VOCABULARY = 300
 
 
 @component("data", use="tokens")
@@ -25,6 +29,14 @@ class TokensConfig:
 
     folder: str = attrs.field(validator=min_len(1))
     isolate: bool = False
+
+    @classmethod
+    def example(cls, folder: Path) -> "TokensConfig":
+        """Return a config of a few tokens, which are written into the folder: with it the laws are tried."""
+        one = Curve.constant(1)
+        train = TrainConfig(tokens=1, sequence_length=8, batch_sequences=one, lr=one)
+        TextConfig.example(folder).build(train, _EXAMPLE_VOCABULARY).write(folder / "tokens", shard_tokens=300)
+        return cls(folder=str(folder / "tokens"), isolate=True)
 
     def build(self, train: TrainConfig, vocab_size: int) -> Stream:
         """Check the files and map them.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tangram.core.block import Block
 from tangram.core.context import Context
-from tangram.core.contracts import FeedForward, Objective, Shared, TokenObjective
+from tangram.core.contracts import Cache, FeedForward, Objective, Shared, TokenObjective
 from tangram.core.curve import Curve
 from tangram.core.experiment import BlockConfig
 from tangram.core.layers import Linear, norm
@@ -71,6 +71,27 @@ class MTP(TokenObjective):
         super().__init__()
         self.curve, self.post_norm = config.weight, config.input == "post_norm"
         self.depths = nn.ModuleList(Depth(ctx.at(ctx.layer + k), block) for k in range(config.depth))
+
+    @property
+    def depth(self) -> int:
+        """Modules."""
+        return len(self.depths)
+
+    def new_cache(self, k: int, batch: int, length: int) -> Cache:
+        """Return an empty cache of module k."""
+        return self._modules_in_order()[k - 1].block.attention.new_cache(batch, length)
+
+    def draft(self, k: int, hidden: Tensor, tokens: Tensor, positions: Tensor, cache: Cache, shared: Shared) -> Tensor:
+        """Return the residual stream [B, S, D] after module k, as training computes it."""
+        modules = self._modules_in_order()
+        if self.post_norm:
+            hidden = (shared.norm if k == 1 else modules[k - 2].norm)(hidden)
+        joined = modules[k - 1].join(hidden, shared.embedding(tokens))
+        return modules[k - 1].block(joined, positions, torch.zeros_like(positions), cache).hidden
+
+    def logits(self, k: int, hidden: Tensor, shared: Shared) -> Tensor:
+        """Return the logits [B, S, V] of module k."""
+        return shared.head(self._modules_in_order()[k - 1].norm(hidden))
 
     def feedforwards(self) -> list[FeedForward]:
         """Return the feed-forwards of the MTP blocks, whose experts are balanced like the trunk's."""

@@ -16,6 +16,8 @@ from tangram.testing.strategies import seeds
 from tangram.testing.tolerance import assert_close
 
 _LENGTH = 7
+_ROOM = 256
+"""Tokens for which a cache is asked: a whole number of blocks, whatever their size."""
 
 
 @st.composite
@@ -146,19 +148,40 @@ class AttentionContract(DifferentiableContract):
         whole = module(torch.cat([x, own], 1), *_single(2, 4))[:, 3:]
         assert_close(_step(module, own, cache, [3, 3]), whole, length=self.length)
 
+    @law(
+        requires="cache",
+        row=st.integers(0, 1),
+        seed=seeds(),
+        kills=[mutants.hands_over_the_first_row],
+    )
+    @torch.no_grad()
+    def a_sequence_handed_over_goes_on_elsewhere(self, config: Any, row: int, seed: int) -> None:
+        """What is kept of a sequence lets another cache go on with it, behind the sequences that it has."""
+        module, x = self.built(config), self.x(2, 4, seed)
+        cache, other = module.new_cache(2, 6), module.new_cache(1, 6)
+        _step(module, x, cache, [0, 0])
+        own = self.x(1, 2, seed + 1)
+        _step(module, own, other, [0])
+        other.admit(cache.kept(row))
+        more = self.x(2, 1, seed + 2)
+        out = _step(module, more, other, [2, 4])
+        for i, before in enumerate((own, x[row : row + 1])):
+            whole = torch.cat([before, more[i : i + 1]], 1)
+            assert_close(out[i], module(whole, *_single(1, whole.shape[1]))[0, -1:], length=self.length)
+
     @law(requires="cache", seed=seeds(), kills=[mutants.stores_more_than_it_declares])
     @torch.no_grad()
     def a_cache_holds_what_is_declared(self, config: Any, seed: int) -> None:
         """A token costs `cache_width` elements of the compute dtype, in `nbytes` and in memory."""
         module = self.built(config)
-        cache = module.new_cache(2, 9)
+        cache = module.new_cache(2, _ROOM)
         assert cache.nbytes == 0, "an empty cache holds bytes"
         _step(module, self.x(2, 4, seed), cache, [0, 0])
         width = module.cache_width * self.dtype.itemsize
         assert cache.nbytes == 2 * 4 * width, f"{cache.nbytes} bytes for 8 tokens of {width}"
-        # Memory is reserved for all 9 places of both rows, or for the tokens there are: never for more.
+        # Memory is reserved for all places of both rows, or for the tokens there are: never for more.
         held = sum(t.numel() * t.element_size() for t in _tensors_of(cache) if t.is_floating_point())
-        assert held <= 2 * 9 * width, f"{held} bytes of memory for at most 18 tokens of {width}"
+        assert held <= 2 * _ROOM * width, f"{held} bytes of memory for at most {2 * _ROOM} tokens of {width}"
         cache.truncate(torch.tensor([1, 4]))
         assert cache.nbytes == 5 * width, "a truncated cache still counts what it forgot"
 
@@ -168,8 +191,9 @@ def _step(module: Attention, x: Tensor, cache: Cache, starts: Sequence[int]) -> 
     return module(x, positions, torch.zeros_like(positions), cache)
 
 
-def _tensors_of(cache: Cache) -> list[Tensor]:
-    """Return the tensors that a cache holds, also in lists and tuples."""
-    held = vars(cache).values()
-    flat = [item for value in held for item in (value if isinstance(value, list | tuple) else [value])]
-    return [item for item in flat if isinstance(item, Tensor)]
+def _tensors_of(holder: object) -> list[Tensor]:
+    """Return the tensors that a cache holds, also in lists and in objects of its own."""
+    if isinstance(holder, Tensor):
+        return [holder]
+    inside = holder if isinstance(holder, list | tuple) else getattr(holder, "__dict__", {}).values()
+    return [tensor for value in inside for tensor in _tensors_of(value)]

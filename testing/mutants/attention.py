@@ -71,6 +71,11 @@ def forks_the_first_row(attention: Any) -> Any:
     return _with_cache(attention, fork=lambda cache, rows: cache.fork(torch.zeros_like(rows)))
 
 
+def hands_over_the_first_row(attention: Any) -> Any:
+    """Whatever sequence is handed over, it is the first one."""
+    return _with_cache(attention, kept=lambda cache, row: cache.kept(0))
+
+
 def stores_more_than_it_declares(attention: Any) -> Any:
     """The cache stores expanded keys and values while a latent is declared."""
     return _with_cache(attention, nbytes=lambda cache: 4 * cache.nbytes)

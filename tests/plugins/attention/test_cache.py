@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tangram.plugins.attention.cache import TokenCache
+from tangram.plugins.attention.cache import BLOCK, TokenCache
 
 
 def numbered(batch: int, length: int, start: int = 0) -> torch.Tensor:
@@ -13,6 +13,11 @@ def numbered(batch: int, length: int, start: int = 0) -> torch.Tensor:
 
 def empty(batch: int, length: int) -> TokenCache:
     return TokenCache.empty(batch, length, 2, torch.empty(0), torch.float32)
+
+
+def taken(cache: TokenCache) -> int:
+    """Return how many blocks somebody holds."""
+    return sum(holders > 0 for holders in cache._pool.holders)
 
 
 def test_each_sequence_grows_at_its_own_end():
@@ -61,3 +66,33 @@ def test_bytes_count_the_tokens_kept_and_not_the_room():
     cache.append(numbered(2, 3))
     assert cache.nbytes == 6 * 2 * 4
     assert cache.fork(torch.tensor([0, 0, 1])).nbytes == 9 * 2 * 4
+
+
+def test_a_fork_shares_blocks_until_one_of_the_two_writes():
+    cache = empty(1, 4 * BLOCK)
+    cache.append(numbered(1, BLOCK + 1))
+    fork = cache.fork(torch.tensor([0, 0]))
+    assert taken(cache) == 2
+    fork.append(numbered(2, 1, start=900))
+    assert taken(cache) == 4  # the last block of each, copied
+    entries, _ = cache.append(numbered(1, 1, start=800))
+    assert entries[0, -2:, 0].tolist() == [BLOCK, 800]
+    assert fork.kept(1)[-2:, 0].tolist() == [BLOCK, 901]
+    del fork
+    assert taken(cache) == 2
+
+
+def test_blocks_are_given_back():
+    cache = empty(2, 3 * BLOCK)
+    cache.append(numbered(2, 2 * BLOCK + 1))
+    cache.truncate(torch.tensor([BLOCK, 0]))
+    assert taken(cache) == 1
+    cache = cache.fork(torch.tensor([1]))
+    assert taken(cache) == 0
+
+
+def test_a_sequence_taken_up_is_bounded_as_any():
+    cache = empty(0, 4)
+    with pytest.raises(ValueError, match="the cache holds 4 tokens and 5 are needed"):
+        cache.admit(torch.zeros(5, 2))
+    assert cache.lengths.tolist() == []
