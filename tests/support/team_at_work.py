@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from attrs import evolve, frozen
 from tiny import exact
-from torch import Tensor
+from torch import Tensor, distributed
 
 from tangram.core import executor
 from tangram.core.assembly import Seat, assemble, sequences_at
+from tangram.core.groups import Groups
 from tangram.core.layout import Layout
 from tangram.core.model import Model
 from tangram.core.step import Trainer
+from tangram.plugins.parallel.units import Unit
 
 LAYERS = "model.blocks.1.repeat=3"  # four in all
 MTP = "objectives.mtp.depth=2"
@@ -127,8 +129,40 @@ def _no_sum_over_replicas() -> None:
     Layout.holders = here_alone
 
 
+def _mean_of_the_ranks() -> None:
+    sum_row = Groups.sum_row
+    Groups.sum_row = lambda groups, rows, ranks: sum_row(groups, rows, ranks) / len(ranks)
+
+
+def _no_sum_over_the_embedding() -> None:
+    reduce, sum_row = Unit.reduce, Groups.sum_row
+
+    def reducing(unit):
+        alone = any(weight.address.startswith("embedding") for weight in unit.weights)
+        Groups.sum_row = (lambda groups, rows, ranks: rows[ranks.index(distributed.get_rank())]) if alone else sum_row
+        reduce(unit)
+
+    Unit.reduce = reducing
+
+
+def _nothing_comes_late() -> None:
+    Unit.late = False
+
+
+def _what_was_whole_stays() -> None:
+    def keeping(unit):
+        if unit.owes:
+            unit.reduce()
+
+    Unit.let_go = keeping
+
+
 MUTANTS = {
     "no root on inner stages": _no_root_on_inner_stages,
     "no sum over the tied embedding": _no_sum_over_the_tied_embedding,
     "no sum over replicas": _no_sum_over_replicas,
+    "the mean of the ranks": _mean_of_the_ranks,
+    "no sum over the embedding": _no_sum_over_the_embedding,
+    "nothing comes late": _nothing_comes_late,
+    "what was whole stays": _what_was_whole_stays,
 }

@@ -29,10 +29,12 @@ def alone(*overrides: str) -> list[Taken]:
     return team_at_work.two_steps(0, 1, (BATCH, *overrides))
 
 
-def assert_the_steps_of_one(found: Sequence[Taken], one: Sequence[Taken]) -> None:
-    for number, (several, expected) in enumerate(zip(found, one, strict=True)):
-        # The second step's weights come from the first one's gradients over their root mean square.
-        bound = 1e-13 if number == 0 else 1e-10
+# The second step's weights come from the first one's gradients over their root mean square.
+BOUNDS = (1e-13, 1e-10)
+
+
+def assert_the_steps_of_one(found: Sequence[Taken], one: Sequence[Taken], bounds: Sequence[float] = BOUNDS) -> None:
+    for number, (several, expected, bound) in enumerate(zip(found, one, bounds, strict=True)):
         assert several.losses == {name: pytest.approx(value, rel=bound) for name, value in expected.losses.items()}
         assert torch.equal(several.load, expected.load)
         assert math.isclose(several.norm, expected.norm, rel_tol=bound)
@@ -60,6 +62,15 @@ def test_two_ranks():
     cases = {name: on(name, 2) for name in pipelines}
     cases |= {"data": (BATCH,), "zero1": (BATCH, "parallel.sharding={use: zero1}")}
     assert_all(2, cases)
+
+
+SOME = "train.batch_sequences=8"
+FSDP = "parallel.sharding={use: fsdp}"
+
+
+def test_two_ranks_that_keep_rows():
+    """Weight gradients come late, and forward and backward are worked side by side."""
+    assert_all(2, {name: on(name, 1, FSDP) for name in ("zero_bubble", "dualpipev")}, "model.recompute=selective", SOME)
 
 
 def test_four_ranks_and_recomputation():
@@ -108,6 +119,11 @@ def test_four_ranks_that_share_out_experts():
     assert_all(4, cases, "model.recompute=full")
 
 
+def test_four_ranks_that_keep_rows():
+    experts = on("dualpipe", 2, FSDP, "parallel.expert_ranks=2", ALL_TO_ALL)
+    assert_all(4, {"data": (BATCH, FSDP), "experts, between two flows": experts}, "model.recompute=full", SOME)
+
+
 def test_products_in_fp8_round_alike_wherever_a_micro_batch_is():
     """Its weight gradients have tiles along the tokens: those of a micro-batch stay together on any rank."""
     fp8 = "precision={use: fp8, compute: float32}"
@@ -119,17 +135,30 @@ def test_products_in_fp8_round_alike_wherever_a_micro_batch_is():
         assert_same_gradients(taken[0].gradients, one.gradients, length=LENGTH)
 
 
+FEW = "train.batch_sequences=4"
+
+
+def test_rows_are_put_together_before_fp8_rounds_their_blocks():
+    fp8 = ("precision={use: fp8, compute: float32}", "model.recompute=selective", FEW)
+    found = run_ranks(team_at_work.two_steps, 2, 2, (FSDP, *fp8))[0]
+    assert_the_steps_of_one(found, alone(*fp8), (2e-6, 2e-6))  # 16 roundings of float32
+
+
 @pytest.mark.parametrize(
-    ("mutant", "pipeline"),
+    ("mutant", "layout"),
     [
-        ("no root on inner stages", "one_f_one_b"),
-        ("no sum over the tied embedding", "one_f_one_b"),
-        ("no sum over replicas", "dualpipe"),
+        ("no root on inner stages", on("one_f_one_b", 2)),
+        ("no sum over the tied embedding", on("one_f_one_b", 2)),
+        ("no sum over replicas", on("dualpipe", 2)),
+        ("the mean of the ranks", on("sequential", 1, FSDP, FEW)),
+        ("no sum over the embedding", on("sequential", 1, FSDP, FEW)),
+        ("nothing comes late", on("zero_bubble", 1, FSDP, FEW)),
+        ("what was whole stays", on("sequential", 1, FSDP, FEW)),
     ],
 )
-def test_what_the_first_losses_do_not_show_is_seen_in_the_gradients(mutant: str, pipeline: str) -> None:
-    found = run_ranks(team_at_work.mutated, 2, 2, mutant, on(pipeline, 2))[0]
-    one = alone()
+def test_what_the_first_losses_do_not_show_is_seen_in_the_gradients(mutant: str, layout: tuple[str, ...]) -> None:
+    found = run_ranks(team_at_work.mutated, 2, 2, mutant, layout)[0]
+    one = alone(*layout[layout.index(FEW) :] if FEW in layout else ())
     assert found[0].losses == {name: pytest.approx(value, rel=1e-13) for name, value in one[0].losses.items()}
     with pytest.raises(AssertionError):
         assert_the_steps_of_one(found, one)
