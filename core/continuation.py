@@ -31,7 +31,7 @@ class Request:
     prompt: tuple[int, ...]
     tokens: int = field(validator=ge(1))
     sampling: Sampling = field(factory=Sampling)
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = field(default=())
 
     @stop.validator
     def _check_stop(self, _attribute: object, value: tuple[str, ...]) -> None:
