@@ -25,6 +25,7 @@ from tangram.core.process import versions
 from tangram.core.provenance import RUN_PRESET, tell_changes
 from tangram.core.records import Progress
 from tangram.core.tensor_file import Spec, TensorWriter
+from tangram.core.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from tangram.core.tokenizer_files import FILE as TOKENIZER
 from tangram.core.tokenizer_files import token_ids, write_json, write_tokenizer
 from tangram.core.weight_folder import INDEX, InterchangeError, WeightFolder, batches, read_json
@@ -241,7 +242,9 @@ def import_model(folder: Path, out: Path, overrides: Sequence[str] = (), *, plug
         experiment = _experiment(shape, folder.resolve().name, home, overrides, plugins)
         stack.enter_context(_filling(out))
         if tokenizer.exists():
-            shutil.copyfile(tokenizer, out / TOKENIZER)
+            for file in (TOKENIZER, TOKENIZER_CONFIG):  # the second has the chat template
+                if (folder / file).exists():
+                    shutil.copyfile(folder / file, out / file)
         _write_run(out, experiment, weights, wanted)
     return Read(experiment, shape.depth, tokenizer.exists())
 

@@ -7,6 +7,7 @@ from typing import Any
 from tangram.core.contracts import Tokenizer
 
 FILE = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
 
 _PAD, _USER, _ASSISTANT = "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"
 
@@ -57,10 +58,21 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
     }
     if _PAD in names.values():
         config["pad_token"] = _PAD
-    if {_USER, _ASSISTANT} <= set(names.values()):
-        config["chat_template"] = _CHAT
+    template = chat_template(tokenizer)
+    if template is not None:
+        config["chat_template"] = template
     write_json(folder / FILE, description)
-    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / CONFIG, config)
+
+
+def chat_template(tokenizer: Tokenizer) -> str | None:
+    """Return the template of conversations that a tokenizer has the tokens for: DeepSeek-V3's or none."""
+    return _CHAT if {_USER, _ASSISTANT} <= set(special_tokens(tokenizer).values()) else None
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the tokens that were not made from text, by id."""
+    return _special(json.loads(tokenizer.to_json()))
 
 
 def write_json(path: Path, content: object) -> None:
