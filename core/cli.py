@@ -15,6 +15,7 @@ from tangram.core.cli_interchange import export, import_
 from tangram.core.cli_plugins import check_plugin, new_plugin
 from tangram.core.cli_runs import evaluate, report
 from tangram.core.cli_schedule import schedule
+from tangram.core.cli_serve import serve
 from tangram.core.cli_studies import ablate
 from tangram.core.parameters import Files, Json, Overrides
 from tangram.core.process import settle
@@ -328,6 +329,7 @@ app.command(import_, name="import")
 app.command(ablate)
 app.command(check_plugin)
 app.command(schedule)
+app.command(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Serving: continuous batching behind an OpenAI-compatible interface, in one process or in stages of several."""
