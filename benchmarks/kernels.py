@@ -25,7 +25,7 @@ from operations.scale import SMALL, V3
 from rich.console import Console
 
 from tangram.core.process import settle
-from tangram.kernels.native import compiler
+from tangram.kernels.compiled import compiler
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from tangram.kernels import (
     grouped_matmul_weight_grad,
     linear_cross_entropy,
     product,
+    product_transposed,
 )
 
 _T = TypeVar("_T")
@@ -59,7 +60,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, weight_grads):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.weight, ctx.weight_grads = weight, weight_grads
-        return product(x, weight.to(x.dtype).t())
+        return product_transposed(x, weight)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -75,6 +76,8 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, weight_grads: WeightGrads) -> Tensor:
     """Return x [..., I] times weight [O, I] transposed, in the dtype of x."""
+    if not torch.is_grad_enabled():  # of a few tokens, going through autograd takes longer than the product
+        return product_transposed(x, weight)
     out: Tensor = _Linear.apply(x, weight, weight_grads)
     return out
 
@@ -102,6 +105,8 @@ class _GroupedLinear(torch.autograd.Function):
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, weight_grads: WeightGrads) -> Tensor:
     """Return rows [M, I], sorted by expert, times their expert's weight [E, O, I] transposed."""
+    if not torch.is_grad_enabled():
+        return grouped_matmul_forward(rows, weight.to(rows.dtype), counts)
     out: Tensor = _GroupedLinear.apply(rows, weight, counts, weight_grads)
     return out
 

@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from tangram.core.asked import building, discover, look_up
 from tangram.core.cli_describe import describe
+from tangram.core.cli_generate import generate
 from tangram.core.cli_interchange import export, import_
 from tangram.core.cli_plugins import check_plugin, new_plugin
 from tangram.core.cli_runs import evaluate, report
@@ -322,6 +323,7 @@ def doctor(*, json_: Json = False, plugin: Files = ()) -> int:
 
 app.command(describe)
 app.command(evaluate)
+app.command(generate)
 app.command(report)
 app.command(new_plugin)
 app.command(export)

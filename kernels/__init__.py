@@ -19,10 +19,11 @@ from tangram.kernels.grouped_matmul import (
 from tangram.kernels.limited_product import limited_product
 from tangram.kernels.mla_decode import mla_decode
 from tangram.kernels.permute import Order, order_by_expert, permute, unpermute
-from tangram.kernels.products import accumulator, native_bfloat16, product, product_dtype
+from tangram.kernels.products import accumulator, native_bfloat16, product, product_dtype, product_transposed
 from tangram.kernels.quantize import Quantized, Scaling, dequantize, quantize_blocks, quantize_tiles
 from tangram.kernels.rmsnorm import rmsnorm
 from tangram.kernels.rope import Yarn, frequencies, rope, rotate, rotation
+from tangram.kernels.routed import choose, weigh
 from tangram.kernels.swiglu import swiglu, swiglu_quantized
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "accumulator",
     "adamw_step",
     "causal_attention",
+    "choose",
     "dequantize",
     "fp8_grouped_matmul",
     "fp8_grouped_weight_grad",
@@ -57,6 +59,7 @@ __all__ = [
     "permute",
     "product",
     "product_dtype",
+    "product_transposed",
     "quantize_blocks",
     "quantize_tiles",
     "rmsnorm",
@@ -68,4 +71,5 @@ __all__ = [
     "unpack_e5m6",
     "unpermute",
     "use",
+    "weigh",
 ]

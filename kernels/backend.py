@@ -1,6 +1,6 @@
 """Which path an operation takes: its twin in plain torch, or its Triton kernel.
 
-`TANGRAM_KERNELS`, or `use` around a piece of code, says:
+`TANGRAM_KERNELS`, read when it is first needed, or `use` around a piece of code, says:
 
     auto         the kernel for tensors on a GPU, the twin for all others
     reference    the twin
@@ -12,6 +12,7 @@ Nothing falls back: a kernel that is asked for and cannot run is an error that s
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -36,6 +37,11 @@ def chosen() -> Choice:
     """
     if _used:
         return _used[-1]
+    return _by_environment()
+
+
+@cache
+def _by_environment() -> Choice:
     return _choice(os.environ.get("TANGRAM_KERNELS") or "auto", "TANGRAM_KERNELS")
 
 

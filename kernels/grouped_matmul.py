@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tangram.kernels import few_rows
 from tangram.kernels.backend import takes_kernel
 from tangram.kernels.blocks import block_of, expert_of, most_blocks, rows_of
 from tangram.kernels.jit import tl, triton
@@ -53,6 +54,9 @@ def grouped_matmul_forward(rows: Tensor, weight: Tensor, counts: Tensor) -> Tens
     """
     if takes_kernel(rows):
         return torch.ops.tangram.grouped_matmul(rows, weight, counts)
+    if few_rows.takes(rows, len(rows)):
+        _check_rows(rows, weight.mT, counts)
+        return few_rows.grouped_matmul(rows, weight, counts)
     return _rows_product(rows, weight.contiguous().transpose(1, 2), counts)
 
 
@@ -324,6 +328,9 @@ def _blocks(dtype: torch.dtype) -> dict[str, int]:
 def _grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if takes_kernel(rows):
         return _launch_rows(rows, weight.transpose(1, 2), counts)
+    if few_rows.takes(rows, len(rows)):
+        _check_rows(rows, weight.mT, counts)
+        return few_rows.grouped_matmul(rows, weight, counts)
     return _rows_product(rows, weight.contiguous().transpose(1, 2), counts)
 
 

@@ -20,6 +20,7 @@ out = sum_s exp(l_s - l) out_s, with l = log sum_s exp(l_s).
 import torch
 from torch import Tensor
 
+from tangram.kernels import few_rows
 from tangram.kernels.backend import takes_kernel
 from tangram.kernels.jit import tl, triton, wide_type
 from tangram.kernels.products import accumulator
@@ -64,6 +65,8 @@ def mla_decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale:
     with torch.no_grad():
         if takes_kernel(q):
             return torch.ops.tangram.mla_decode(q, blocks, table, lengths, scale, kv_rank)
+        if blocks.is_contiguous() and few_rows.takes(q, q.shape[0] * q.shape[1]):
+            return few_rows.mla_decode(q, blocks, table, lengths, scale, kv_rank)
         return _decode(q, blocks, table, lengths, scale, kv_rank)
 
 

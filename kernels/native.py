@@ -1,14 +1,9 @@
 """The passes of quantising in C++, compiled when they are first asked for: several times as fast on a CPU.
 
-The source is kernels/native.cpp. It needs no header of torch, so that it compiles in about two seconds.
+The source is kernels/native.cpp.
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -18,20 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tangram.kernels.compiled import library
 from tangram.kernels.quantize import PLAIN, Passes
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _SHARE = 1 << 16
 """Least elements of a thread's share."""
-
-
-def compiler() -> str | None:
-    """Return the path of the C++ compiler, that of the variable CXX or the system's; None where there is none."""
-    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
 @cache
@@ -41,16 +31,8 @@ def native_passes() -> Passes:
     Raises:
         RuntimeError: The compiler refuses the source.
     """
-    path = compiler()
-    if path is None:
-        return PLAIN
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "native.so"
-        command = [path, *_FLAGS, str(_SOURCE), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed; set CXX to another C++ compiler:\n{done.stderr}")
-        return _Native(ctypes.CDLL(str(library)))  # it stays loaded when its file goes
+    found = library(_SOURCE)
+    return PLAIN if found is None else _Native(found)
 
 
 def passes_for(x: Tensor) -> Passes:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tangram.kernels import few_rows
 from tangram.kernels.backend import takes_kernel
 from tangram.kernels.jit import tl, triton, wide_type
 from tangram.kernels.products import accumulator
@@ -57,6 +58,8 @@ def order_by_expert(ids: Tensor, n_experts: int, n_rows: int | None = None) -> O
         n_rows: How many slots are no gaps; by default there are none.
     """
     experts, gaps = ids.flatten(), n_rows is not None
+    if not gaps and few_rows.counts(ids):
+        return Order(*few_rows.order_by_expert(ids, n_experts))
     if gaps:
         experts = torch.where(experts < 0, n_experts, experts)
     slots = experts.argsort(stable=True)[:n_rows]
@@ -70,6 +73,8 @@ def permute(x: Tensor, order: Order) -> Tensor:
     """Return one row for each slot of `x` [N, D], in `order`, [N * K, D]."""
     if takes_kernel(x):
         return torch.ops.tangram.permute(x, order.index, order.inverse, order.gaps)
+    if not torch.is_grad_enabled():
+        return x.index_select(0, order.index)
     return _Permute.apply(x, order.index, order.inverse, order.gaps)
 
 
@@ -84,7 +89,13 @@ def unpermute(rows: Tensor, gates: Tensor, order: Order) -> Tensor:
         order: What `order_by_expert` returned.
     """
     args = rows, gates, order.index, order.inverse, order.slots, order.gaps
-    return torch.ops.tangram.unpermute(*args) if takes_kernel(rows) else _Unpermute.apply(*args)
+    if takes_kernel(rows):
+        return torch.ops.tangram.unpermute(*args)
+    if torch.is_grad_enabled():
+        return _Unpermute.apply(*args)
+    if not order.gaps and few_rows.takes(rows, len(rows)):
+        return few_rows.unpermute(rows, gates, order.inverse)
+    return _collect(rows, order.inverse, gates, order.gaps)
 
 
 def _closed(rows: Tensor, inverse: Tensor, gaps: bool) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @cache
@@ -38,6 +39,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums over `dtype` are taken: at least float32, and float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def product_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x [..., I] times weight [O, I] transposed, in the dtype of `x`."""
+    dtype = product_dtype(x)
+    if x.dtype is dtype is weight.dtype:
+        return F.linear(x, weight)
+    return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ that turn more than `beta_fast` times alone, and goes linearly between. It also 
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tangram.kernels import few_rows
 from tangram.kernels.backend import takes_kernel
 from tangram.kernels.jit import tl, triton, wide_type
 from tangram.kernels.products import accumulator
@@ -50,6 +52,7 @@ class Yarn(NamedTuple):
         return (1.0 + 0.1 * self.mscale * math.log(max(self.factor, 1.0))) ** 2
 
 
+@cache
 def frequencies(dim: int, theta: float, yarn: Yarn | None = None, device: torch.device | str | None = None) -> Tensor:
     """Return the angle by which each of the `dim`/2 pairs turns per position, in radians, float32 [dim/2].
 
@@ -110,6 +113,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Ten
     """
     if takes_kernel(x):
         return torch.ops.tangram.rotate(x, cos, sin, interleaved)
+    if interleaved and few_rows.takes(x, cos.numel() // max(cos.shape[-1], 1)):
+        return few_rows.rotate(x, cos, sin)
     return _turned(x, cos, sin, interleaved)
 
 

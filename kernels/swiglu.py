@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tangram.kernels import few_rows
 from tangram.kernels.backend import takes_kernel
 from tangram.kernels.jit import tl, triton, wide_type
 from tangram.kernels.products import accumulator
@@ -34,7 +35,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
         ValueError: The last dimension is odd.
     """
     _check(gate_up)
-    return torch.ops.tangram.swiglu(gate_up) if takes_kernel(gate_up) else _SwiGLU.apply(gate_up)
+    if takes_kernel(gate_up):
+        return torch.ops.tangram.swiglu(gate_up)
+    if torch.is_grad_enabled():
+        return _SwiGLU.apply(gate_up)
+    if few_rows.takes(gate_up, gate_up.numel() // max(gate_up.shape[-1], 1)):
+        return few_rows.swiglu(gate_up)
+    return _forward(gate_up)
 
 
 def swiglu_quantized(gate_up: Tensor, power_of_two: bool = False) -> Quantized:

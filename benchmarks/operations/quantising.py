@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from operations.case import Case, Function, Peer, Result, same_bits
 from operations.scale import Scale
 from tangram.kernels import quantize_blocks, quantize_tiles, swiglu, swiglu_quantized
-from tangram.kernels.native import compiler, native_passes
+from tangram.kernels.compiled import compiler
+from tangram.kernels.native import native_passes
 
 E4M3 = torch.float8_e4m3fn
 

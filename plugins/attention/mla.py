@@ -136,9 +136,10 @@ class MLA(Attention):
         w_k, w_v = weight.view(c.n_heads, -1, c.kv_rank).split([c.nope_dim, c.value_dim], 1)  # [H, nope | value, C]
         nope, turned = q.split([c.nope_dim, c.rope_dim], -1)
         # W^UK multiplied into the query instead of the latents, and W^UV into their mean (section 2.1.1).
-        q = torch.cat([torch.einsum("bshn,hnc->bshc", nope, w_k), turned], -1)
+        q = torch.cat([(nope.transpose(1, 2) @ w_k).transpose(1, 2), turned], -1)
         means = mla_decode(q, cache.blocks, cache.table, cache.lengths, self.scale, c.kv_rank)
-        return torch.einsum("bshc,hvc->bshv", means, w_v)
+        values: Tensor = means.transpose(1, 2) @ w_v.mT  # [B, H, S, value]
+        return values.transpose(1, 2)
 
     def _query_input(self, x: Tensor) -> Tensor:
         if self.config.q_rank is None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tangram.core.context import Context
 from tangram.core.layers import normal_
 from tangram.core.records import RouterStats, Routing
+from tangram.kernels import weigh
 
 Score = Literal["sigmoid", "softmax"]
 
@@ -40,17 +41,6 @@ def routing(affinity: Tensor, ids: Tensor, scale: float, normalise: bool) -> Rou
         scale: Multiplies the gates.
         normalise: Divide the gates of a token by their sum first (equation 13).
     """
-    gates = affinity.gather(-1, ids)
-    if normalise:
-        gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-    with torch.no_grad():
-        load = _count(ids, affinity.shape[-1])
-        top = _count(affinity.topk(ids.shape[-1], dim=-1, sorted=False).indices, affinity.shape[-1])
-    mean = (affinity / (affinity.sum(-1, keepdim=True) + 1e-20)).mean(1)  # equations 19 and 20
+    gates, load, top, mean = weigh(affinity, ids, scale, normalise)
     stats = RouterStats(ids=ids, load=load, top=top, affinity=mean)
-    return Routing(ids=ids.flatten(0, 1), gates=(gates * scale).flatten(0, 1), stats=stats)
-
-
-def _count(ids: Tensor, n_experts: int) -> Tensor:
-    counts = torch.zeros(len(ids), n_experts, dtype=torch.int64, device=ids.device)
-    return counts.scatter_add_(1, ids.flatten(1), torch.ones_like(ids).flatten(1))
+    return Routing(ids=ids.flatten(0, 1), gates=gates.flatten(0, 1), stats=stats)

@@ -1,6 +1,5 @@
 """The router of DeepSeek-V3: node-limited, its choice moved by a bias (arXiv:2412.19437, equations 12 to 16)."""
 
-import torch
 from attrs import field, frozen
 from attrs.validators import ge, gt, in_, le
 from torch import Tensor
@@ -9,6 +8,7 @@ from tangram.core.context import Context
 from tangram.core.contracts import Router
 from tangram.core.records import Routing
 from tangram.core.registry import component
+from tangram.kernels import choose
 from tangram.plugins.moe.affinity import Centroids, Score, routing
 
 
@@ -63,17 +63,6 @@ class GroupLimited(Router):
     def forward(self, x: Tensor, bias: Tensor) -> Routing:
         """Return the routing of x [B, S, D]; the bias [E] moves only the choice."""
         affinity = self.centroids(x)
-        with torch.no_grad():
-            ids = self._choose(affinity + bias)
-        return routing(affinity, ids, self.config.gate_scale, self.config.normalise)
-
-    def _choose(self, biased: Tensor) -> Tensor:
         c = self.config
-        if c.top_groups < c.n_groups:
-            groups = biased.unflatten(-1, (c.n_groups, -1))  # [B, S, G, E / G]
-            best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-            kept = best.topk(c.top_groups, dim=-1, sorted=False).indices
-            dropped = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
-            # Zero instead of -inf would let an expert of a dropped group win wherever all scores are negative.
-            biased = groups.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
-        return biased.topk(c.top_k, dim=-1, sorted=False).indices
+        ids = choose(affinity + bias, c.top_k, c.n_groups, c.top_groups)
+        return routing(affinity, ids, c.gate_scale, c.normalise)

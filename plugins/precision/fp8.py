@@ -15,7 +15,7 @@ from tangram.core.contracts import Input, Precision
 from tangram.core.layers import GroupedLinear, Linear
 from tangram.core.registry import component
 from tangram.kernels import Scaling
-from tangram.kernels.native import compiler
+from tangram.kernels.compiled import compiler
 from tangram.plugins.precision.fp8_products import Products
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from tiny import SMALL
 
 from tangram.core.cli import main
+from tangram.kernels import backend
 
 
 class Shell:
@@ -304,23 +306,33 @@ def test_doctor_says_what_is_here(shell: Shell) -> None:
     assert found["broken plugins"] == []
 
 
-def test_doctor_says_which_path_operations_take_and_why(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Return what sets TANGRAM_KERNELS, which a process reads once."""
+    yield monkeypatch
+    monkeypatch.undo()
+    backend._by_environment.cache_clear()
+
+
+def test_doctor_says_which_path_operations_take_and_why(shell: Shell, environment: pytest.MonkeyPatch) -> None:
     def said() -> tuple[str, str]:
+        backend._by_environment.cache_clear()
         code, out, _ = shell("doctor", "--json")
         assert code == 0
         found = json.loads(out)
         return found["operations on a CPU"], found["operations on a GPU"]
 
-    monkeypatch.delenv("TANGRAM_KERNELS", raising=False)
+    environment.delenv("TANGRAM_KERNELS", raising=False)
     assert said()[0] == "plain torch (auto by the default)"
     assert said()[1].startswith("the Triton kernel")
-    monkeypatch.setenv("TANGRAM_KERNELS", "reference")
+    environment.setenv("TANGRAM_KERNELS", "reference")
     assert set(said()) == {"plain torch (reference by TANGRAM_KERNELS)"}
 
 
-def test_a_path_that_is_none_is_a_mistake_of_the_user(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TANGRAM_KERNELS", "tritn")
+def test_a_path_that_is_none_is_a_mistake_of_the_user(shell: Shell, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("TANGRAM_KERNELS", "tritn")
     for command in (["doctor"], TRAIN):
+        backend._by_environment.cache_clear()
         code, _, err = shell(*command)
         assert (code, err.splitlines()[-1]) == (2, "TANGRAM_KERNELS is 'tritn'; it is auto, reference or triton")
 

@@ -20,12 +20,14 @@ WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
 BOTH = """
 import os, sys, torch
 from tangram import kernels
+from tangram.kernels import backend
 from tangram.kernels.backend import BackendError, takes_kernel
 kernels.quantize_tiles(torch.ones(2, 3))
 kernels.linear_cross_entropy(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]), 1.0, gradients=True)
 print(kernels.paths()["cpu"])
 print(sum(name.split(".")[0] == "triton" and module is not None for name, module in sys.modules.items()))
 os.environ["TANGRAM_KERNELS"] = "triton"
+backend._by_environment.cache_clear()
 try:
     kernels.quantize_tiles(torch.ones(2, 3))
 except BackendError as error:
@@ -90,6 +92,7 @@ def test_a_choice_that_is_none_is_refused_and_changes_nothing(monkeypatch):
         kernels.use("cuda").__enter__()
     assert chosen() == outside
     monkeypatch.setenv("TANGRAM_KERNELS", "Triton")
+    backend._by_environment.cache_clear()
     with pytest.raises(BackendError, match=r"TANGRAM_KERNELS is 'Triton'; it is auto, reference or triton"):
         takes_kernel(ON_CPU)
 

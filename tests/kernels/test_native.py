@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twins import numbers, same_bits
 
-from tangram.kernels.native import compiler, native_passes, passes_for
+from tangram.kernels.compiled import compiler
+from tangram.kernels.native import native_passes, passes_for
 from tangram.kernels.quantize import PLAIN, scales_of
 
 FORMATS = [torch.float8_e4m3fn, torch.float8_e5m2]
