@@ -9,7 +9,7 @@ At the beginning of a round a sequence has T tokens, of which the trunk has seen
 rests on drafts is forgotten again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from attrs import define, field, frozen
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tangram.core.contracts import Cache, Drafter, Tokenizer
+from tangram.core.lanes import side_by_side
 from tangram.core.model import Model
-from tangram.core.records import Batch, Carry, Progress
+from tangram.core.records import Batch, Carry, Phase, Progress
 from tangram.core.sampling import Sampling, distribution, drawn, left_over, uniform
 
 
@@ -111,7 +112,12 @@ class Decoder:
     def __init__(self, model: Model, length: int, *, speculate: bool = False, chunk: int = 512) -> None:
         if len(model.blocks) < model.n_layers:
             raise ValueError(f"this rank holds {len(model.blocks)} of {model.n_layers} layers; decoding takes them all")
+        if model.n_stages > 1:
+            raise ValueError(f"the model has {model.n_stages} stages; decoding takes it as one")
         self.model, self.chunk = model, chunk
+        # Of ranks that share out the experts each takes every round, with sequences of its own or without.
+        experts = max(model.experts, default=0)
+        self._waited_for = any(len(own) < experts for own in model.shares().values())
         self._device = next(model.parameters()).device
         self._drafter = drafter_of(model) if speculate else None
         self.length = length
@@ -163,18 +169,26 @@ class Decoder:
         self.running += new
         return made
 
-    @torch.inference_mode()
     def step(self) -> list[list[int]]:
         """Return each sequence's next tokens: one, and as many of its drafts as were kept before it."""
-        if not self.running:
-            return []
+        return step_together(self)[0]
+
+    def _round(self, made: list[list[int]]) -> Iterator[str]:
+        """Take a round, and before each phase of the trunk yield its lane; the tokens are added to `made`."""
+        if not self.running and not self._waited_for:
+            return
         starts = [len(one.tokens) - 1 for one in self.running]
         rows = [one.tokens[-1:] + one.drafts for one in self.running]
-        hidden = self._forward(torch.tensor(rows, device=self._device), starts, self._trunk)
-        made = self._chosen(self.running, self._logits(hidden))
+        tokens = torch.tensor(rows, dtype=torch.int64, device=self._device).view(len(rows), -1 if rows else 1)
+        carry = Carry()
+        for phase in self._phases(tokens, starts, self._trunk):
+            yield phase.lane
+            carry = phase.fn(carry)
+        assert carry.trunk is not None
+        hidden = carry.trunk
+        made += self._chosen(self.running, self._logits(hidden))
         self._shorten(self._trunk, starts, made)
         self._draft(self.running, [hidden[row, : len(tokens)] for row, tokens in enumerate(made)], self._modules)
-        return made
 
     def _shorten(self, caches: Iterable[Cache], starts: Sequence[int], made: Sequence[Sequence[int]]) -> None:
         """Forget the drafts that were not kept."""
@@ -220,11 +234,17 @@ class Decoder:
 
     def _forward(self, tokens: Tensor, starts: Sequence[int], caches: Sequence[Cache]) -> Tensor:
         """Return the trunk's residual stream [B, S, D] of tokens [B, S] that begin at these positions."""
-        positions = self._positions(starts, tokens.shape[1])
-        batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
-        carry: Carry = self.model(batch, Progress(), caches)
+        carry = Carry()
+        for phase in self._phases(tokens, starts, caches):
+            carry = phase.fn(carry)
         assert carry.trunk is not None
         return carry.trunk
+
+    def _phases(self, tokens: Tensor, starts: Sequence[int], caches: Sequence[Cache]) -> list[Phase]:
+        """Return the trunk's phases for tokens [B, S] that begin at these positions."""
+        positions = self._positions(starts, tokens.shape[1])
+        batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
+        return self.model.phases(0, batch, Progress(), caches)
 
     def _positions(self, starts: Sequence[int], count: int) -> Tensor:
         return torch.tensor(starts, device=self._device)[:, None] + torch.arange(count, device=self._device)
@@ -344,6 +364,27 @@ class Decoder:
             one.tokens += tokens
             self.tally.count(len(one.drafts), len(tokens) - 1)
         return made
+
+
+@torch.inference_mode()
+def step_together(*decoders: Decoder) -> list[list[list[int]]]:
+    """Take a round of several decoders side by side; return what `step` of each would.
+
+    With experts on several ranks this hides the way to them: while the tokens of one decoder travel, the other is at
+    its attention (arXiv:2412.19437, section 3.4.2, which takes two micro-batches of like work). The ranks give their
+    decoders in the same order.
+    """
+    made: list[list[list[int]]] = [[] for _ in decoders]
+    rounds = [decoder._round(tokens) for decoder, tokens in zip(decoders, made, strict=True)]
+    side_by_side(*(_later(work, number % 2) for number, work in enumerate(rounds)))
+    return made
+
+
+def _later(work: Iterator[str], phases: int) -> Iterator[str]:
+    """Yield the lanes of a work that begins so many phases late: one, and what sends meets what computes."""
+    for _ in range(phases):
+        yield "compute"
+    yield from work
 
 
 def drafter_of(model: Model) -> Drafter:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tangram.core.channels import Channels
 from tangram.core.context import Parallel
 from tangram.core.islands import Link, back, cut
+from tangram.core.lanes import side_by_side
 from tangram.core.lowering import Instruction, Lowered, Receive, Reduce, Send, check, lower, needed
 from tangram.core.plan import Action, Op, Plan, Slot, validate
 from tangram.core.records import Batch, Carry, Phase, Progress, Result
@@ -167,19 +168,19 @@ class _Step:
     def do(self, action: Action) -> None:
         match action.op:
             case Op.FORWARD:
-                _side_by_side(self._forward(action.slot))
+                side_by_side(self._forward(action.slot))
             case Op.BACKWARD:
-                _side_by_side(self._backward(action.slot))
+                side_by_side(self._backward(action.slot))
             case Op.INPUT_BACKWARD:
                 with self.parallel.weight_grads.deferred() as pending:
-                    _side_by_side(self._backward(action.slot))
+                    side_by_side(self._backward(action.slot))
                 self.live[action.slot] = _Live(None, Carry(), pending=pending)
             case Op.WEIGHT_BACKWARD:
                 for add in self.live.pop(action.slot).pending:
                     add()
             case Op.OVERLAP:
                 assert action.other is not None
-                _side_by_side(self._forward(action.slot), self._backward(action.other))
+                side_by_side(self._forward(action.slot), self._backward(action.other))
 
     def micro(self, slot: Slot) -> Batch:
         """Return the micro-batch of a slot."""
@@ -249,19 +250,3 @@ class _Step:
         losses = {name: value for name, value, some in zip(names, values, values[len(names) :], strict=False) if some}
         total = sum(self.weights[name] * value for name, value in losses.items())
         return Result(losses=losses, total=total, load=load, peak_live=self.peak)
-
-
-def _side_by_side(*works: Iterator[str]) -> None:
-    """Take works phase by phase in turn; of phases that are next, those that compute are issued first.
-
-    A work yields the lane of its next phase, and does that phase when asked for the one after it. On a device, what
-    communicates then runs while what was issued before it computes.
-    """
-    lanes = {work: lane for work in works if (lane := next(work, None)) is not None}
-    while lanes:
-        for work in sorted(lanes, key=lambda work: lanes[work] != "compute"):
-            lane = next(work, None)
-            if lane is None:
-                del lanes[work]
-            else:
-                lanes[work] = lane

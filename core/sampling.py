@@ -1,7 +1,7 @@
 """Choosing a token: the settings of a draw, the distribution they make of logits, and whether a draft is kept."""
 
-import random
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 from attrs import field, frozen
@@ -58,7 +58,7 @@ def distribution(logits: Tensor, samplings: Sequence[Sampling], seen: Sequence[S
         logits = logits.clone()
         for row, (penalty, tokens) in enumerate(zip(penalties, seen, strict=True)):
             if penalty != 1:
-                there = torch.tensor(sorted(set(tokens)), device=logits.device)
+                there = torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=logits.device)
                 found = logits[row, there]
                 logits[row, there] = torch.where(found > 0, found / penalty, found * penalty)
 
