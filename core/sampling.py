@@ -38,7 +38,8 @@ class Sampling:
 
 def uniform(seed: int, count: int) -> float:
     """Return draw number `count` of a seed, in [0, 1): of a sequence alone, whoever is drawn for beside it."""
-    return random.Random((seed << 32) + count).random()
+    digest = sha256(f"{seed}:{count}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / float(1 << 53)
 
 
 def distribution(logits: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]]) -> Tensor:

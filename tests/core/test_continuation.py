@@ -100,6 +100,5 @@ def test_many_texts_through_one_decoder_are_each_as_if_alone(together: int, spec
             found[number] += text
         return found
 
-    # Drafts take random numbers of their own, so that with them only the greedy texts can be told.
     alone = [texts([request], 1)[0] for request in requests]
     assert texts(requests, together) == alone
