@@ -155,6 +155,7 @@ class _Clocked:
         self._together = together
         self._began = time.perf_counter()
         self._texts = [""] * len(requests)
+        self._tokens = [0] * len(requests)
         self._first = [0.0] * len(requests)
         self._ended = [0.0] * len(requests)
         self._reasons = [""] * len(requests)
@@ -165,6 +166,7 @@ class _Clocked:
         for piece in continue_all(self._decoder, self._tokenizer, self._requests, together=self._together):
             now = time.perf_counter() - self._began
             self._texts[piece.number] += piece.text
+            self._tokens[piece.number] = piece.tokens
             self._first[piece.number] = self._first[piece.number] or now
             if piece.reason is not None:
                 self._ended[piece.number], self._reasons[piece.number] = now, piece.reason
@@ -184,13 +186,12 @@ class _Clocked:
 
     def told(self, number: int, prompt: str) -> dict[str, object]:
         """Return a text and its timings; what speculation did is of all texts so far."""
-        made = len(self._tokenizer.encode(self._texts[number]))
         return {
             "prompt": prompt,
             "text": self._texts[number],
             "reason": self._reasons[number],
             "prompt_tokens": len(self._requests[number].prompt),
-            "tokens": made,
+            "tokens": self._tokens[number],
             "seconds": round(self._ended[number], 4),
             "seconds_to_first": round(self._first[number], 4),
         } | self._speculation()

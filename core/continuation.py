@@ -100,11 +100,12 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Piece(NamedTuple):
-    """Text that is new: whose it is, what it says, and whether and why the text is over with it."""
+    """Text that is new: whose it is, what it says, whether and why the text is over with it, and tokens until now."""
 
     number: int
     text: str
     reason: Reason | None
+    tokens: int
 
 
 def continue_all(
@@ -125,7 +126,7 @@ def continue_all(
         for index, tokens in zip(rows, made, strict=True):
             text = texts[index].take(tokens)
             if text or texts[index].reason:
-                yield Piece(index, text, texts[index].reason)
+                yield Piece(index, text, texts[index].reason, len(texts[index].made))
 
     while waiting or going:
         new = waiting[: together - len(going)]

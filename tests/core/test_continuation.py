@@ -96,7 +96,9 @@ def test_many_texts_through_one_decoder_are_each_as_if_alone(together: int, spec
 
     def texts(asked: list[Request], at_once: int) -> list[str]:
         found = [""] * len(asked)
-        for number, text, _ in continue_all(Decoder(model, 20, speculate=speculate), Bytes(), asked, together=at_once):
+        for number, text, _, _ in continue_all(
+            Decoder(model, 20, speculate=speculate), Bytes(), asked, together=at_once
+        ):
             found[number] += text
         return found
 
