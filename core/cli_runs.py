@@ -1,18 +1,42 @@
 """The commands `evaluate` and `report`, which read a run; torch is imported inside them."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from tangram.core.parameters import Files, Json
 from tangram.core.terminal import OK, as_json, print_bits, refuse, say
 
 
-def evaluate(run: Path, /, *, ema: bool = False, json_: Json = False, plugin: Files = ()) -> int:
-    """Evaluate a run's newest checkpoint on all held-out text; the run is left as it is.
+def evaluate(
+    run: Path,
+    /,
+    *,
+    tasks: tuple[str, ...] = (),
+    needle: bool = False,
+    needle_lengths: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (),
+    ema: bool = False,
+    json_: Json = False,
+    plugin: Files = (),
+) -> int:
+    """Evaluate a run's newest checkpoint on all held-out text, and leave the run as it is; or on tasks or a needle.
+
+    Those write what they find into the run's folder evaluations, where its report finds it.
 
     Args:
         run: The run directory.
+        tasks: A task of lm-evaluation-harness: its file, a folder of such files, or its name; may be repeated.
+        needle: Hide facts in long texts, at several lengths and depths, and ask for them.
+        needle_lengths: Tokens of those texts; by default up to what the run was trained on.
         ema: Take the averaged weights that the observer ema kept.
     """
+    if tasks or needle or needle_lengths:
+        # By its name: such evaluation stands above the core.
+        command = import_module("tangram.plugins.evaluation.command")
+        lengths = needle_lengths if needle or needle_lengths else None
+        return int(command.evaluate(run, tasks, lengths, ema, json_, plugin))
     from tangram.core.evaluation import evaluate as evaluated
     from tangram.core.run import load_run
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tangram.core.drawing import COLOURS, DASHES, drawing, plain_thousands, thinned
 from tangram.core.reports import RunRecord, Trace, number
+from tangram.core.scores import NeedleGrid
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -232,6 +233,25 @@ def _layer_axis(axes: "Axes", layers: Sequence[int]) -> None:
     axes.yaxis.set_major_locator(FixedLocator(list(range(0, len(layers), every))))
     axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in layers[::every]]))
     axes.set_ylabel("layer")
+
+
+def needle_map(grid: NeedleGrid) -> str:
+    """Draw how many of the hidden facts were repeated, for each depth at each length."""
+    with drawing(f"needle-{grid.weights}", height=_map_height(2 * len(grid.depths))) as (axes, drawn):
+        image = axes.imshow(grid.scores, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths])
+        axes.set_yticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
+        axes.set_xlabel("tokens of the context")
+        axes.set_ylabel("depth of the fact")
+        if len(grid.lengths) <= 8:
+            for row, shares in enumerate(grid.scores):
+                for column, share in enumerate(shares):
+                    colour = "black" if share > 0.5 else "white"
+                    said = f"{round(share * grid.needles)}"
+                    axes.text(column, row, said, color=colour, ha="center", va="center")
+        axes.figure.colorbar(image, ax=axes, label="share repeated")
+    return drawn[0]
 
 
 def violation(run: RunRecord) -> str | None:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from tangram.core.figures import FIGURES
+from tangram.core.figures import FIGURES, needle_map
 from tangram.core.files import write_whole
 from tangram.core.liveness import Piece
 from tangram.core.markup import NO_DATA, document, dotted, figure, none, table, text, verbatim
@@ -34,6 +34,7 @@ def page(run: RunRecord) -> str:
     sections = [
         ("Curves", _figures(run)),
         ("Held-out text", _held_out(run)),
+        ("Tasks and hidden facts", _scores(run)),
         ("Pieces", _pieces(run)),
         ("Costs", _costs(run)),
         ("Sample", verbatim(run.sample)),
@@ -103,6 +104,36 @@ def _held_out(run: RunRecord) -> str:
 
 
 def _pieces(run: RunRecord) -> str:
+def _scores(run: RunRecord) -> str:
+    """Return what was scored on tasks, and a map for every grid of hidden facts."""
+    if not run.scores and not run.grids:
+        return none("tangram evaluate RUN --tasks FILE, or --needle, has not been asked")
+    rows = [
+        (
+            dotted(score.task),
+            text(f"{score.weights}, step {score.step:,}"),
+            f"{score.items:,}",
+            f"{score.shots:,}",
+            text(metric.name),
+            _figure(metric.value, ".3f") + ("" if metric.error is None else f" ± {metric.error:.3f}"),
+        )
+        for score in run.scores
+        for metric in score.metrics
+    ]
+    header = ("task", "weights", "items", "shots", "metric", "value ± standard error")
+    maps = [
+        figure(
+            f"Needle in a haystack, {grid.weights} weights",
+            f"Facts repeated, of {grid.needles} hidden in {grid.text} text at each place; step {grid.step:,}, "
+            f"trained on {grid.trained:,} tokens at a time.",
+            needle_map(grid),
+        )
+        for grid in run.grids
+    ]
+    drawn = '<div class="figures">\n' + "\n".join(maps) + "\n</div>" if maps else ""
+    return (table(header, rows) if rows else "") + drawn
+
+
     if not run.pieces:
         return none("the run has not ended well, or was made before verdicts were kept")
     rows = [(dotted(piece.name), _word(piece), text(piece.why)) for piece in run.pieces]

@@ -10,6 +10,7 @@ from attrs import evolve, field, frozen
 
 from tangram.core.config import ConfigError, Node, Plain, Scalar, load
 from tangram.core.liveness import Piece
+from tangram.core.scores import NeedleGrid, TaskScore, read_grids, read_scores
 
 if TYPE_CHECKING:
     from tangram.core.measure import Measures
@@ -62,6 +63,8 @@ class RunRecord:
         load: Tokens per expert of each layer with a router, over the whole run.
         averaged: The last evaluation with averaged weights, a row for each observer that keeps an average, by name.
         saving: What the checkpoints cost, see `tangram.core.saver.Saving`; empty where the run did not end well.
+        scores: What was scored on tasks.
+        grids: How hidden facts were found.
         pieces: What became of each named piece; empty where the run did not end well.
         sample: The continued prompt; empty where there is none.
         command: The command line, word by word.
@@ -81,6 +84,8 @@ class RunRecord:
     averaged: Mapping[str, Row] = field(factory=dict)
     saving: Mapping[str, float] = field(factory=dict)
     pieces: tuple[Piece, ...] = ()
+    scores: tuple[TaskScore, ...] = ()
+    grids: tuple[NeedleGrid, ...] = ()
     sample: str = ""
     command: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(factory=dict)
@@ -180,6 +185,8 @@ def read_files(directory: str | Path) -> RunRecord:
         saving=_numbers(_map(verdict.get("saving"))),
         pieces=tuple(_pieces(verdict.get("pieces"))),
         sample=str(verdict.get("sample", "")),
+        scores=read_scores(directory, gaps),
+        grids=read_grids(directory, gaps),
         command=tuple(map(str, _list(about.get("command")))),
         versions={key: str(value) for key, value in _map(about.get("versions")).items()},
         data=str(about.get("data", "")),

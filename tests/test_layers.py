@@ -29,6 +29,10 @@ ROOMS = {
         "testing/ranks.py",
     ),
     "wandb": ("plugins/observers/wandb.py",),
+    "lm_eval": ("plugins/evaluation/harness.py",),
+    "starlette": ("plugins/serving/",),
+    "uvicorn": ("plugins/serving/",),
+    "prometheus_client": ("plugins/serving/",),
 }
 
 
