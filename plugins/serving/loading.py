@@ -1,0 +1,86 @@
+"""What is loaded to serve a run: by the front its tokenizer and what goes with it, by a worker its weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrs import frozen
+
+from tangram.core import checkpoint
+from tangram.core.context import built
+from tangram.core.contracts import Tokenizer
+from tangram.core.decoding import drafter_of
+from tangram.core.experiment import Experiment
+from tangram.core.model import Model, build_model
+from tangram.core.parts import Parts
+from tangram.core.presets import load_preset
+from tangram.core.provenance import RUN_PRESET
+from tangram.core.session import RunError
+from tangram.plugins.serving.chat import Chat, chat_of
+
+
+@frozen(eq=False)
+class Offer:
+    """What is served.
+
+    Attributes:
+        name: What clients call it.
+        tokenizer: Its tokenizer.
+        vocab_size: Its tokens.
+        length: Tokens of the sequences that it was trained on.
+        chat: What makes prompts of conversations; none where its tokenizer has no tokens for them.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    length: int
+    chat: Chat | None
+
+
+def load_offer(run: Path, plugins: Sequence[Path], *, speculate: bool) -> Offer:
+    """Return what a run has to offer.
+
+    Raises:
+        RunError: There is no run, no checkpoint, no tokenizer, or nothing to draft with.
+        CheckpointError: No checkpoint is whole.
+        ForeignCodeError: The run needs plugin files that are not in `plugins`.
+    """
+    experiment, _ = _found(run, plugins)
+    tokenizer = built("data", experiment.data.build, experiment.train, experiment.model.vocab_size).tokenizer
+    if tokenizer is None:
+        raise RunError(f"{run} was trained on tokens that stand for no text; serve a run that has a tokenizer")
+    if speculate:
+        try:
+            drafter_of(build_model(experiment, device="meta"))
+        except ValueError as error:
+            raise RunError(f"{run}: {error}") from None
+    chat = chat_of(run, tokenizer)
+    return Offer(experiment.name, tokenizer, experiment.model.vocab_size, experiment.train.sequence_length, chat)
+
+
+def load_model(run: Path, plugins: Sequence[Path]) -> Model:
+    """Return the model of a run, its weights mapped from the file: several processes share their pages.
+
+    Raises:
+        RunError: There is no run, or no checkpoint.
+        CheckpointError: No checkpoint is whole, or it does not fit the model.
+        ForeignCodeError: The run needs plugin files that are not in `plugins`.
+    """
+    experiment, folder = _found(run, plugins)
+    model = build_model(experiment, device="meta")
+    parts = Parts(folder, "model")
+    try:
+        model.load_state_dict({key: parts.read(key) for key in parts.keys()}, assign=True)  # noqa: SIM118 (no mapping)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"{folder}: the model does not fit the experiment: {error}") from None
+    return model
+
+
+def _found(run: Path, plugins: Sequence[Path]) -> tuple[Experiment, Path]:
+    if not (run / RUN_PRESET).exists():
+        raise RunError(f"{run} is no run directory: it has no {RUN_PRESET}")
+    experiment = load_preset(run / RUN_PRESET, plugins=plugins)
+    found = checkpoint.newest(run / "checkpoints")
+    if found is None:
+        raise RunError(f"{run} has no checkpoint yet")
+    return experiment, found.path
