@@ -200,8 +200,8 @@ class _Clocked:
         tally = self._decoder.tally
         if not tally.offered:
             return {}
-        kept = [round(a / o, 4) if o else 0.0 for a, o in zip(tally.accepted, tally.offered, strict=True)]
-        return {"acceptance": kept, "tokens_per_round": round(tally.tokens / tally.rounds, 4)}
+        kept = [round(share, 4) for share in tally.acceptance]
+        return {"acceptance": kept, "tokens_per_round": round(tally.tokens_per_round, 4)}
 
     def summary(self) -> str:
         """Return how long all took."""
@@ -210,5 +210,5 @@ class _Clocked:
         for depth, kept in enumerate(self._speculation().get("acceptance", ()), start=1):  # type: ignore[arg-type, var-annotated]
             line += f"; {kept:.0%} of the drafts at depth {depth} kept"
         if tally.offered:
-            line += f", {tally.tokens / tally.rounds:.2f} tokens a round"
+            line += f", {tally.tokens_per_round:.2f} tokens a round"
         return line

@@ -3,50 +3,21 @@
 With speculation the model's own MTP modules draft the next tokens, one forward of the trunk verifies them all, and
 those are kept up to the first that the trunk would not have chosen (arXiv:2412.19437, section 5.4.3). What is kept is
 distributed as without drafts (arXiv:2211.17192), and greedily it is the same.
-
-At the beginning of a round a sequence has T tokens, of which the trunk has seen T - 1. Module k has seen the positions
-0 to T - 1 - k, for at position i it reads token i + k. In a round it goes on to T - 2 with what is drafted, and what
-rests on drafts is forgotten again.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import evolve, frozen
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tangram.core.contracts import Cache, Drafter, Tokenizer
+from tangram.core.contracts import Cache, Tokenizer
 from tangram.core.lanes import side_by_side
 from tangram.core.model import Model
 from tangram.core.records import Batch, Carry, Phase, Progress
-from tangram.core.sampling import Sampling, distribution, drawn, left_over, uniform
-
-
-@define(eq=False)
-class Running:
-    """A sequence that is being continued.
-
-    Attributes:
-        tokens: Its tokens, the prompt's among them.
-        sampling: How they are drawn.
-        draws: Random numbers drawn so far.
-        drafts: Tokens that are guessed to come next.
-        guesses: Probabilities [V] that they were drawn with; none where the likeliest was taken.
-        carried: For each module but the first, what the one before gave [D] at the first position that it has not seen.
-    """
-
-    tokens: list[int]
-    sampling: Sampling
-    draws: int = 0
-    drafts: list[int] = field(factory=list)
-    guesses: list[Tensor] = field(factory=list)
-    carried: dict[int, Tensor] = field(factory=dict)
-
-    def uniform(self) -> float:
-        """Return the next random number in [0, 1)."""
-        self.draws += 1
-        return uniform(self.sampling.seed, self.draws - 1)
+from tangram.core.sampling import Sampling
+from tangram.core.speculation import Drafts, Running, Tally, agreed, judged
 
 
 @frozen(eq=False)
@@ -64,36 +35,11 @@ class Packet:
     modules: tuple[Tensor, ...]
 
 
-@define
-class Tally:
-    """What speculation did.
-
-    Attributes:
-        rounds: Forwards of the trunk for a sequence.
-        tokens: Tokens that they gave.
-        offered: For each depth, drafts whose predecessors were all kept.
-        accepted: For each depth, how many of those were kept.
-    """
-
-    rounds: int = 0
-    tokens: int = 0
-    offered: list[int] = field(factory=list)
-    accepted: list[int] = field(factory=list)
-
-    def count(self, drafted: int, kept: int) -> None:
-        """Count a round of one sequence in which the first `kept` of `drafted` drafts were kept."""
-        self.rounds += 1
-        self.tokens += kept + 1
-        more = drafted - len(self.offered)
-        self.offered += [0] * more
-        self.accepted += [0] * more
-        for depth in range(min(kept + 1, drafted)):
-            self.offered[depth] += 1
-            self.accepted[depth] += depth < kept
-
-
 class Decoder:
     """Sequences that are continued together. Sequences may come and go between rounds.
+
+    Where ranks share out the experts each takes every round, also when it has no sequence left, and all admit prompts
+    of one length at the same time.
 
     Args:
         model: The model; this rank holds all its layers.
@@ -115,22 +61,19 @@ class Decoder:
         if model.n_stages > 1:
             raise ValueError(f"the model has {model.n_stages} stages; decoding takes it as one")
         self.model, self.chunk = model, chunk
-        # Of ranks that share out the experts each takes every round, with sequences of its own or without.
         experts = max(model.experts, default=0)
         self._waited_for = any(len(own) < experts for own in model.shares().values())
         self._device = next(model.parameters()).device
-        self._drafter = drafter_of(model) if speculate else None
+        self._drafts = Drafts(model) if speculate else None
         self.length = length
-        self._room = length + (self._drafter.depth if self._drafter else 0)  # drafts stand behind the last token
+        self._room = length + (self._drafts.depth if self._drafts else 0)  # drafts stand behind the last token
         self.running: list[Running] = []
         self.tally = Tally()
         self._trunk, self._modules = self._new_caches(0, self._room)
 
     def _new_caches(self, batch: int, length: int) -> tuple[list[Cache], list[Cache]]:
         trunk = [block.attention.new_cache(batch, length) for _, block in self.model.trunk()]
-        drafter = self._drafter
-        depth = 0 if drafter is None else drafter.depth
-        return trunk, [drafter.new_cache(k + 1, batch, length) for k in range(depth) if drafter is not None]
+        return trunk, [] if self._drafts is None else self._drafts.new_caches(batch, length)
 
     @property
     def cache_bytes(self) -> int:
@@ -159,7 +102,8 @@ class Decoder:
         caches = self._new_caches(len(new), self._room if first else max(map(len, prompts)))
         last = self._read(new, *caches)
         made = self._chosen(new, self._logits(last[:, None]))
-        self._draft(new, list(last[:, None]), caches[1])
+        if self._drafts is not None:
+            self._drafts.draft(new, list(last[:, None]), caches[1])
         if first:
             self._trunk, self._modules = caches
         else:
@@ -188,7 +132,9 @@ class Decoder:
         hidden = carry.trunk
         made += self._chosen(self.running, self._logits(hidden))
         self._shorten(self._trunk, starts, made)
-        self._draft(self.running, [hidden[row, : len(tokens)] for row, tokens in enumerate(made)], self._modules)
+        if self._drafts is not None:
+            newest = [hidden[row, : len(tokens)] for row, tokens in enumerate(made)]
+            self._drafts.draft(self.running, newest, self._modules)
 
     def _shorten(self, caches: Iterable[Cache], starts: Sequence[int], made: Sequence[Sequence[int]]) -> None:
         """Forget the drafts that were not kept."""
@@ -242,12 +188,10 @@ class Decoder:
 
     def _phases(self, tokens: Tensor, starts: Sequence[int], caches: Sequence[Cache]) -> list[Phase]:
         """Return the trunk's phases for tokens [B, S] that begin at these positions."""
-        positions = self._positions(starts, tokens.shape[1])
+        first = torch.tensor(starts, dtype=torch.int64, device=self._device)[:, None]
+        positions = first + torch.arange(tokens.shape[1], device=self._device)
         batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
         return self.model.phases(0, batch, Progress(), caches)
-
-    def _positions(self, starts: Sequence[int], count: int) -> Tensor:
-        return torch.tensor(starts, device=self._device)[:, None] + torch.arange(count, device=self._device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         shared = self.model.shared
@@ -267,87 +211,10 @@ class Decoder:
             for row, size in enumerate(sizes):
                 if start < size <= stop:
                     last[row] = hidden[row, size - start - 1]
-            # The last token's position waits for the token after it.
-            known = [hidden[row, : max(min(size - 1, stop) - start, 0)] for row, size in enumerate(sizes)]
-            self._follow(new, known, modules)
+            if self._drafts is not None:  # the last token's position waits for the token after it
+                known = [hidden[row, : max(min(size - 1, stop) - start, 0)] for row, size in enumerate(sizes)]
+                self._drafts.follow(new, known, modules)
         return torch.stack([each for each in last if each is not None])
-
-    def _follow(self, sequences: Sequence[Running], trunk: Sequence[Tensor], caches: Sequence[Cache]) -> None:
-        """Put what the trunk gave through the modules, as far as the prompts' tokens reach."""
-        inputs = list(trunk)
-        for k, cache in enumerate(caches, start=1):
-            starts = cache.lengths.tolist()
-            known = [one.tokens[start + k :] for one, start in zip(sequences, starts, strict=True)]
-            inputs = self._with_carried(sequences, inputs, k)
-            widths = [min(len(hidden), len(tokens)) for hidden, tokens in zip(inputs, known, strict=True)]
-            fed = [hidden[:width] for hidden, width in zip(inputs, widths, strict=True)]
-            for one, hidden, width in zip(sequences, inputs, widths, strict=True):
-                if k > 1 and width < len(hidden):
-                    one.carried[k] = hidden[width]
-            inputs = self._through(k, fed, known, starts, cache)
-
-    def _with_carried(self, sequences: Sequence[Running], inputs: Sequence[Tensor], k: int) -> list[Tensor]:
-        """Return what module k reads, with what was left over for it before."""
-        joined = []
-        for one, hidden in zip(sequences, inputs, strict=True):
-            before = one.carried.pop(k, None)
-            joined.append(hidden if before is None else torch.cat([before[None], hidden]))
-        return joined
-
-    def _through(
-        self, k: int, inputs: Sequence[Tensor], tokens: Sequence[Sequence[int]], starts: Sequence[int], cache: Cache
-    ) -> list[Tensor]:
-        """Return what module k gives [n, D] for inputs [n, D] of every sequence, and tokens from these positions on."""
-        drafter = self._drafter
-        assert drafter is not None
-        widths = [len(hidden) for hidden in inputs]
-        if not max(widths):
-            return list(inputs)
-        read = [torch.tensor(own[:width], dtype=torch.int64) for own, width in zip(tokens, widths, strict=True)]
-        out = drafter.draft(
-            k,
-            pad_sequence(list(inputs), batch_first=True),
-            pad_sequence(read, batch_first=True).to(self._device),
-            self._positions(starts, max(widths)),
-            cache,
-            self.model.shared,
-        )
-        if min(widths) < max(widths):
-            cache.truncate(torch.tensor([start + width for start, width in zip(starts, widths, strict=True)]))
-        return [out[row, :width] for row, width in enumerate(widths)]
-
-    def _draft(self, sequences: Sequence[Running], trunk: list[Tensor], caches: Sequence[Cache]) -> None:
-        """Draft what comes next, given the trunk's residual stream [n, D] at the newest positions up to T - 2."""
-        drafter = self._drafter
-        for one in sequences:
-            one.drafts, one.guesses = [], []
-        if drafter is None:
-            return
-        inputs = trunk
-        for k, cache in enumerate(caches, start=1):
-            starts = cache.lengths.tolist()
-            tokens = [(one.tokens + one.drafts)[start + k :] for one, start in zip(sequences, starts, strict=True)]
-            outs = self._through(k, inputs, tokens, starts, cache)
-            seen = [max(len(one.tokens) - k, 0) for one in sequences]
-            cache.truncate(torch.tensor(seen))
-            if k < drafter.depth:
-                inputs = self._with_carried(sequences, outs, k + 1)
-                for one, start, out, n in zip(sequences, starts, outs, seen, strict=True):
-                    if n > 0:
-                        one.carried[k + 1] = out[n - 1 - start]
-            self._guess(sequences, drafter.logits(k, torch.stack([out[-1:] for out in outs]), self.model.shared)[:, 0])
-
-    def _guess(self, sequences: Sequence[Running], logits: Tensor) -> None:
-        """Draw the next draft of each sequence."""
-        if all(one.sampling.plain for one in sequences):
-            for one, token in zip(sequences, logits.argmax(-1).tolist(), strict=True):
-                one.drafts.append(token)
-            return
-        shares = _shares(sequences, logits, [one.drafts for one in sequences])
-        tokens = drawn(shares, [one.uniform() for one in sequences])
-        for one, token, guess in zip(sequences, tokens, shares, strict=True):
-            one.drafts.append(token)
-            one.guesses.append(guess)
 
     def _chosen(self, sequences: Sequence[Running], logits: Tensor) -> list[list[int]]:
         """Add to each sequence the drafts that are kept and one token more; return them.
@@ -357,9 +224,9 @@ class Decoder:
             logits: Of the token after the newest one, and after each draft, [B, 1 + drafts, V].
         """
         if all(one.sampling.plain for one in sequences):
-            made = [_agreed(one.drafts, row) for one, row in zip(sequences, logits.argmax(-1).tolist(), strict=True)]
+            made = [agreed(one.drafts, row) for one, row in zip(sequences, logits.argmax(-1).tolist(), strict=True)]
         else:
-            made = _judged(sequences, logits)
+            made = judged(sequences, logits)
         for one, tokens in zip(sequences, made, strict=True):
             one.tokens += tokens
             self.tally.count(len(one.drafts), len(tokens) - 1)
@@ -387,57 +254,6 @@ def _later(work: Iterator[str], phases: int) -> Iterator[str]:
     yield from work
 
 
-def drafter_of(model: Model) -> Drafter:
-    """Return what drafts tokens.
-
-    Raises:
-        ValueError: The model has nothing that does.
-    """
-    for _, objective in model.token_objectives():
-        if isinstance(objective, Drafter):
-            return objective
-    raise ValueError("the model has no modules that draft tokens: train it with the objective mtp to speculate")
-
-
-def _agreed(drafts: Sequence[int], likeliest: Sequence[int]) -> list[int]:
-    """Return the drafts up to the first that is not the likeliest token, and then the likeliest."""
-    kept = next((i for i, draft in enumerate(drafts) if draft != likeliest[i]), len(drafts))
-    return [*drafts[:kept], likeliest[kept]]
-
-
-def _shares(sequences: Sequence[Running], logits: Tensor, more: Sequence[Sequence[int]]) -> Tensor:
-    """Return the probabilities [B, V] of each sequence's next token after its own and these."""
-    seen = [[*one.tokens, *drafts] for one, drafts in zip(sequences, more, strict=True)]
-    return distribution(logits, [one.sampling for one in sequences], seen)
-
-
-def _judged(sequences: Sequence[Running], logits: Tensor) -> list[list[int]]:
-    """Return for each sequence the drafts that are kept, each with probability min(1, p / q), and one token more."""
-    made: list[list[int]] = [[] for _ in sequences]
-    going = list(range(len(sequences)))
-    for depth in range(logits.shape[1]):
-        own = [sequences[row] for row in going]
-        shares = _shares(own, logits[going, depth], [made[row] for row in going])
-        still = []
-        for place, (row, one) in enumerate(zip(going, own, strict=True)):
-            wanted = shares[place]
-            if depth < len(one.drafts):
-                draft = one.drafts[depth]
-                certain = torch.zeros_like(wanted)
-                certain[draft] = 1.0
-                guess = one.guesses[depth] if one.guesses else certain
-                if one.uniform() * float(guess[draft]) < float(wanted[draft]):
-                    made[row].append(draft)
-                    still.append(row)
-                    continue
-                wanted = left_over(wanted[None], guess[None])[0]
-            made[row] += drawn(wanted[None], [one.uniform()])
-        going = still
-        if not going:
-            break
-    return made
-
-
 def generate(
     model: Model, prompt: Tensor, count: int, *, sampling: Sampling | None = None, speculate: bool = False
 ) -> Tensor:
@@ -450,8 +266,6 @@ def generate(
         sampling: How they are drawn; greedily by default.
         speculate: Draft with the model's MTP modules.
     """
-    from attrs import evolve
-
     chosen = sampling or Sampling()
     samplings = [evolve(chosen, seed=chosen.seed + row) for row in range(len(prompt))]
     total = prompt.shape[1] + count
@@ -463,6 +277,23 @@ def generate(
         decoder.step()
     made = [one.tokens[prompt.shape[1] : total] for one in rows]
     return torch.tensor(made, dtype=torch.int64, device=prompt.device).view(len(rows), count)
+
+
+def speculated(model: Model, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling) -> Tally:
+    """Return what speculation does while each prompt is continued by `count` tokens, at least.
+
+    Raises:
+        ValueError: The model has no modules to draft with.
+    """
+    decoder = Decoder(model, max(map(len, prompts)) + count + 1, speculate=True)
+    decoder.admit(prompts, [evolve(sampling, seed=sampling.seed + row) for row in range(len(prompts))])
+    starts = [len(prompt) for prompt in prompts]
+    while decoder.running:
+        going = [row for row, one in enumerate(decoder.running) if len(one.tokens) < starts[row] + count]
+        decoder.keep(going)
+        starts = [starts[row] for row in going]
+        decoder.step()
+    return decoder.tally
 
 
 def sample(model: Model, tokenizer: Tokenizer, prompt: str, count: int, *, sampling: Sampling) -> str:

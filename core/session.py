@@ -13,7 +13,7 @@ from attrs import asdict, define, evolve, field, frozen
 
 from tangram.core import checkpoint
 from tangram.core.assembly import past_skipped, sequences_at
-from tangram.core.contracts import Averaging, NonFiniteError, State, Stateful
+from tangram.core.contracts import Averaging, Drafter, NonFiniteError, State, Stateful
 from tangram.core.evaluation import evaluate, with_weights
 from tangram.core.experiment import Experiment
 from tangram.core.files import write_whole
@@ -30,6 +30,12 @@ _T = TypeVar("_T")
 
 _WHOLE = 1 << 32
 """Bytes of the weights of a model that one rank of several can hold besides its own part."""
+
+_WARMTH = 0.7
+"""Temperature of the texts that a run ends with."""
+
+_PROMPTS, _CONTINUED = 8, 64
+"""Held-out texts with which speculation is tried, and the tokens by which each is continued."""
 
 
 class RunError(Exception):
@@ -66,6 +72,8 @@ class Outcome:
         references: Bits per byte of general compressors on the same text, by name.
         pieces: What became of each named piece.
         sample: The continued prompt; empty where there is none.
+        speculation: Share of the drafts that were kept at each depth (`depth 1`, ...), and tokens a round; empty where
+            nothing drafts or nothing was held out.
         saving: What the checkpoints cost.
         peak_rss: Largest resident memory of the process, bytes.
     """
@@ -76,6 +84,7 @@ class Outcome:
     references: Mapping[str, float]
     pieces: tuple[Piece, ...]
     sample: str
+    speculation: Mapping[str, float]
     saving: Saving
     peak_rss: int
 
@@ -184,17 +193,22 @@ class Session:
         with self.interruption.at_once(run.progress.step):
             report = self._evaluate(view, None)
             averaged = dict(self._averaged())
-            sample, pieces = self._tried(self._whole())
+            whole = self._whole()
+            sample, pieces = self._tried(whole)
+            speculation = {} if whole is None else self._speculated(whole)
         saving = self.saver.cost(self.seconds)
         content = {
             "pieces": [asdict(piece) for piece in pieces],
             "averaged": {name: evaluation.metrics() for name, evaluation in averaged.items()},
             "sample": sample,
+            "speculation": speculation,
             "saving": asdict(saving),
             "peak_rss": peak_rss(),
         }
         self.note("verdict", content)
-        return Outcome(self.directory, report, averaged, view.references, pieces, sample, saving, peak_rss())
+        return Outcome(
+            self.directory, report, averaged, view.references, pieces, sample, speculation, saving, peak_rss()
+        )
 
     def _whole(self) -> Model | None:
         """Return the whole model on the first rank, as it was just saved; None elsewhere, and where it is too large."""
@@ -219,10 +233,26 @@ class Session:
             from tangram.core.decoding import sample as continued
             from tangram.core.sampling import Sampling
 
-            drawn = Sampling(temperature=0.7, seed=train.seed)
+            drawn = Sampling(temperature=_WARMTH, seed=train.seed)
             sample = continued(model, run.data.tokenizer, train.prompt, 96, sampling=drawn)
         probe = run.data.batch(run.progress, train.micro_sequences).to(next(model.parameters()).device)
         return sample, tuple(self.liveness.judge(model, probe, run.progress))
+
+    def _speculated(self, model: Model) -> dict[str, float]:
+        """Return what speculation does on continuations of held-out text, drawn as the sample is."""
+        run, train = self.run, self.run.experiment.train
+        drafts = any(isinstance(objective, Drafter) for _, objective in model.token_objectives())
+        if not drafts or run.data.held_out is None:
+            return {}
+        from tangram.core.decoding import speculated
+        from tangram.core.sampling import Sampling
+
+        batch, _ = next(iter(run.data.held_out.batches(_PROMPTS)))
+        prompts = batch.tokens[:, : max(train.sequence_length // 8, 1)].tolist()
+        count = min(_CONTINUED, train.sequence_length - len(prompts[0]))
+        tally = speculated(model, prompts, count, Sampling(temperature=_WARMTH, seed=train.seed))
+        kept = {f"depth {depth}": share for depth, share in enumerate(tally.acceptance, start=1)}
+        return kept | {"tokens a round": tally.tokens_per_round}
 
     def _averaged(self) -> Iterator[tuple[str, EvalReport]]:
         for name, observer in self.observers.items():

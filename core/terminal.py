@@ -78,6 +78,9 @@ def print_outcome(outcome: "Outcome") -> None:
                 say(f"with the weights averaged by {name}: {report.bits_per_byte:.3f} bits per byte")
     if outcome.sample:
         say(f"sample:\n{outcome.sample}")
+    if outcome.speculation:
+        kept = ", ".join(f"{share:.0%} at {name}" for name, share in outcome.speculation.items() if "depth" in name)
+        say(f"drafts kept: {kept}; {outcome.speculation['tokens a round']:.2f} tokens a round")
     for piece in outcome.pieces:
         word = {True: "alive", False: "dead", None: "too short to tell"}[piece.alive]
         say(f"{piece.name}: {word} ({piece.why})")

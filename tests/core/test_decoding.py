@@ -11,10 +11,11 @@ from tiny import exact
 from torch import Tensor
 
 from tangram.core import build_model
-from tangram.core.decoding import Decoder, drafter_of, generate, sample
+from tangram.core.decoding import Decoder, generate, sample
 from tangram.core.model import Model
 from tangram.core.records import Batch, Progress
 from tangram.core.sampling import Sampling
+from tangram.core.speculation import drafter_of
 
 ATTENTIONS = ((), ("model.block.attention={use: gqa, n_heads: 2, head_dim: 6}",))
 DEPTHS = (1, 2, 3)

@@ -27,7 +27,7 @@ def continued(
 
     From the middle on the last rank has nothing more to do.
     """
-    run = assemble(exact(*OVERRIDES, f"parallel.expert_ranks={ranks}"), Seat(rank, ranks), trains=False)
+    run = assemble(exact(*OVERRIDES, f"parallel.expert_ranks={ranks}"), Seat(rank, ranks))
     for bias in run.model.biases().values():
         bias.copy_(torch.linspace(-0.1, 0.1, len(bias)))
     prompts, room = every[rank], LENGTH + 20
