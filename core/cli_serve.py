@@ -9,7 +9,7 @@ from tangram.core.terminal import refuse
 
 
 def serve(
-    run: Path,
+    model: Path,
     /,
     *,
     host: str = "127.0.0.1",
@@ -20,14 +20,15 @@ def serve(
     body: int = 1 << 20,
     seconds: float = 120.0,
     speculate: bool = False,
+    ema: bool = False,
     prefill_workers: int = 0,
     decode_workers: int = 0,
     plugin: Files = (),
 ) -> int:
-    """Serve a run to clients of OpenAI's interface, until SIGTERM or Ctrl-C.
+    """Serve a trained model to clients of OpenAI's interface, until SIGTERM or Ctrl-C.
 
     Args:
-        run: The run directory.
+        model: A run directory, or a folder of weights in the format of DeepSeek-V3's release.
         host: The address to bind; by default 127.0.0.1, which only this machine reaches.
         port: The port, by default 8000; 0 for any that is free, which is printed.
         batch: Texts that a worker continues at once; 16 by default.
@@ -36,6 +37,7 @@ def serve(
         body: Most bytes of a request; 1 MiB by default.
         seconds: Most seconds that a request may take; 120 by default.
         speculate: Draft tokens with the model's MTP modules.
+        ema: Take the averaged weights that the observer ema kept.
         prefill_workers: Processes that read prompts, and hand the cache to those that continue them; 0 by default.
         decode_workers: Processes that continue texts; 0, the default, for a thread of this process.
     """
@@ -54,7 +56,8 @@ def serve(
     # By its name: serving stands above the core.
     command = import_module("tangram.plugins.serving.command")
     settings = command.Settings(
-        run=run,
+        run=model,
+        ema=ema,
         plugins=plugin,
         host=host,
         port=port,

@@ -7,9 +7,9 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, TypeAlias
 
 from tangram.core.continuation import Reason
+from tangram.core.trained import Offer
 from tangram.plugins.serving.asking import Asked, Limits, RefusedError, read_chat, read_completion
 from tangram.plugins.serving.crew import ClosedError, Crew, FullError, LostError, Order
-from tangram.plugins.serving.loading import Offer
 from tangram.plugins.serving.metrics import Metrics
 from tangram.plugins.serving.shapes import CHAT, COMPLETION, Shape, Tree, answer, error, event, usage
 
@@ -144,7 +144,7 @@ class _Continuing:
         """Await `each` for all pieces; return what ended them early, if something did, and its HTTP status."""
         try:
             async with asyncio.timeout_at(self._deadline):
-                async for index, text, reason in self._order.pieces():
+                async for index, text, reason, _ in self._order.pieces():
                     await each(index, text, reason)
         except TimeoutError:
             self._crew.cancel(self._order, late=True)

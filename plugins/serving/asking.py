@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 
 from attrs import evolve, frozen
 
+from tangram.core.chat import ChatError
 from tangram.core.continuation import Request
 from tangram.core.sampling import Sampling
-from tangram.plugins.serving.chat import ChatError
-from tangram.plugins.serving.loading import Offer
+from tangram.core.trained import Offer
 
 Tree: TypeAlias = Mapping[str, Any]
 """A JSON object from outside: its border is not typed."""

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from tangram.core.terminal import FAILED, OK, refuse, say
+from tangram.core.trained import Offer, as_run, load_model, load_offer
 from tangram.plugins.serving.api import Service
 from tangram.plugins.serving.crew import ClosedError, Crew
-from tangram.plugins.serving.loading import Offer, load_model, load_offer
 from tangram.plugins.serving.metrics import Metrics
 from tangram.plugins.serving.seats import ProcessSeat, Seat, ThreadSeat
 
@@ -26,7 +26,8 @@ class Settings:
     """How a run is served.
 
     Attributes:
-        run: The run directory.
+        run: The run directory, or a folder of weights in the format of DeepSeek-V3's release.
+        ema: Whether the averaged weights are taken.
         plugins: Plugin files to load.
         host: The address to bind.
         port: The port; 0 for any that is free.
@@ -41,6 +42,7 @@ class Settings:
     """
 
     run: Path
+    ema: bool = False
     plugins: tuple[Path, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
@@ -63,13 +65,13 @@ def serve(settings: Settings) -> int:
     """
     if settings.prefill_workers and not settings.decode_workers:
         return refuse("--prefill-workers read for --decode-workers; say how many of these there are to be")
-    offer = load_offer(settings.run, settings.plugins, speculate=settings.speculate)
     try:
         listening = bound(settings.host, settings.port)
     except OSError as error:
         return refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}")
-    with listening:
-        return asyncio.run(_until_told(settings, offer, listening))
+    with listening, as_run(settings.run, settings.plugins) as run:
+        offer = load_offer(run, settings.plugins, speculate=settings.speculate)
+        return asyncio.run(_until_told(evolve(settings, run=run), offer, listening))
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -99,12 +101,16 @@ async def _until_told(settings: Settings, offer: Offer, listening: socket.socket
 
     def told() -> None:
         if stop.is_set():
-            os._exit(FAILED)  # told twice
+            at_work.cancel()
         stop.set()
 
+    at_work = asyncio.create_task(serving(settings, offer, listening, ready, stop))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told)
-    return await serving(settings, offer, listening, ready, stop)
+    try:
+        return await at_work
+    except asyncio.CancelledError:  # told twice
+        return FAILED
 
 
 async def serving(
@@ -165,6 +171,7 @@ def _seats(settings: Settings, offer: Offer, context: int) -> Sequence[Seat]:
     processes = settings.prefill_workers + settings.decode_workers
     told = {
         "run": str(settings.run),
+        "ema": settings.ema,
         "plugins": [str(file) for file in settings.plugins],
         "length": context,
         "speculate": settings.speculate,
@@ -172,6 +179,8 @@ def _seats(settings: Settings, offer: Offer, context: int) -> Sequence[Seat]:
         "threads": max(1, (os.cpu_count() or 1) // max(1, processes)),
     }
     if not processes:
-        return [ThreadSeat(False, settings.batch, told, load_model(settings.run, settings.plugins))]
+        return [
+            ThreadSeat(False, settings.batch, told, load_model(settings.run, settings.plugins, averaged=settings.ema))
+        ]
     reading = [ProcessSeat(True, settings.batch, told) for _ in range(settings.prefill_workers)]
     return [*reading, *(ProcessSeat(False, settings.batch, told) for _ in range(settings.decode_workers))]

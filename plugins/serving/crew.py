@@ -7,6 +7,7 @@ prompt and what was made already, and goes on from there.
 
 import asyncio
 import time
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 
@@ -207,6 +208,9 @@ class Crew:
             except (EOFError, ConnectionError):
                 self._metrics.deaths.inc()
                 failures += 1
+            except Exception:  # a fault of ours is told, and no text waits for ever
+                traceback.print_exc()
+                failures += 1
             finally:
                 self._lose(hand)
                 await hand.leave()
@@ -290,7 +294,7 @@ class Crew:
         said = ticket.text.take(tokens)
         reason = ticket.text.reason
         if said or reason:
-            ticket.order.put(Piece(ticket.index, said, reason))
+            ticket.order.put(Piece(ticket.index, said, reason, len(ticket.text.made)))
         if reason:
             self._end(ticket, tell=reason == "stop")
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from asyncio.subprocess import Process
+from subprocess import DEVNULL, Popen
 
 from attrs import define, field, frozen
 
@@ -34,7 +34,7 @@ class Hand:
     seat: "Seat"
     reader: asyncio.StreamReader
     _writer: asyncio.StreamWriter
-    process: Process | None = None
+    process: Popen[bytes] | None = None
     numbers: set[int] = field(factory=set)
     cache_bytes: int = 0
     rounds: int = 0
@@ -54,7 +54,7 @@ class Hand:
 
     def kill(self) -> None:
         """End its process, if it has one of its own."""
-        if self.process is not None and self.process.returncode is None:
+        if self.process is not None:
             self.process.kill()
 
     async def leave(self) -> None:
@@ -62,7 +62,7 @@ class Hand:
         self._writer.close()
         self.kill()
         if self.process is not None:
-            await self.process.wait()
+            await asyncio.to_thread(self.process.wait)
 
 
 @frozen(eq=False)
@@ -83,7 +83,7 @@ class Seat(ABC):
     async def fill(self) -> Hand:
         """Start a worker."""
 
-    async def _seen(self, end: socket.socket, process: Process | None = None) -> Hand:
+    async def _seen(self, end: socket.socket, process: Popen[bytes] | None = None) -> Hand:
         reader, writer = await asyncio.open_unix_connection(sock=end)
         return Hand(self, reader, writer, process)
 
@@ -115,9 +115,7 @@ class ProcessSeat(Seat):
         mine, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "tangram.plugins.serving.worker", str(theirs.fileno())]
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-            )
+            process = Popen(command, stdin=DEVNULL, pass_fds=[theirs.fileno()])
         hand = await self._seen(mine, process)
         hand.send(self.settings | {"reads": self.reads})
         return hand

@@ -104,8 +104,9 @@ def unpacked(head: Head, body: bytes) -> "Packet":
     """Return the sequence that `packed` made these parts of."""
     from safetensors.torch import load
 
-    from tangram.core.decoding import Packet, Running
+    from tangram.core.decoding import Packet
     from tangram.core.sampling import Sampling
+    from tangram.core.speculation import Running
 
     tensors = load(body)
     kinds: dict[str, dict[int, Any]] = {"trunk": {}, "module": {}, "guess": {}, "carried": {}}

@@ -153,13 +153,17 @@ def main() -> None:
 
     import torch
 
-    from tangram.plugins.serving.loading import load_model
+    from tangram.core.trained import load_model
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the front ends this one
     line = Line(socket.socket(fileno=int(sys.argv[1])))
-    ((settings, _),) = line.heard(wait=True)
+    try:
+        ((settings, _),) = line.heard(wait=True)
+    except EOFError:
+        return
     torch.set_num_threads(settings["threads"])
-    work(line, load_model(Path(settings["run"]), [Path(file) for file in settings["plugins"]]), settings)
+    files = [Path(file) for file in settings["plugins"]]
+    work(line, load_model(Path(settings["run"]), files, averaged=settings["ema"]), settings)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,23 @@ from corpus import folder
 from released import fill
 from tiny import tiny
 
-from tangram.core import build_model, checkpoint
+from tangram.core import build_model, checkpoint, load_preset
 from tangram.core.continuation import Continuation, Request
 from tangram.core.decoding import Decoder
+from tangram.core.experiment import Experiment
 from tangram.core.model import Model
 from tangram.core.presets import to_yaml
+from tangram.core.trained import Offer, load_model, load_offer
 from tangram.plugins.data.bpe import EOS
 from tangram.plugins.data.text import TextConfig
 from tangram.plugins.serving.command import Settings, bound, serving
-from tangram.plugins.serving.loading import Offer, load_model, load_offer
 
 VOCABULARY, LENGTH = 280, 64
 
 
 @cache
 def run() -> Path:
-    """Return the directory of a run whose greedy texts do not repeat themselves at once."""
-    directory = folder() / "served"
+    """Return the directory of a small run whose greedy texts do not repeat themselves at once."""
     files = json.dumps(list(TextConfig.example(folder()).files))
     experiment = tiny(
         "name=small",
@@ -42,6 +42,16 @@ def run() -> Path:
         f"train.sequence_length={LENGTH}",
         "precision.compute=float64",
     )
+    return _saved(experiment, folder() / "served")
+
+
+@cache
+def larger() -> Path:
+    """Return the directory of a run of v3-tiny, whose tokenizer knows the standard library."""
+    return _saved(load_preset("v3-tiny"), folder() / "served-larger")
+
+
+def _saved(experiment: Experiment, directory: Path) -> Path:
     model = fill(build_model(experiment))
     with torch.no_grad():
         model.state_dict()["head.weight"][EOS] = 0.0  # never the likeliest: a greedy text is as long as it may be
@@ -138,9 +148,9 @@ def events(answer: httpx.Response) -> Iterator[dict]:
 
 
 @contextmanager
-def process(*flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Start `tangram serve` as a user does; give the process and its address."""
-    command = [sys.executable, "-m", "tangram.core.cli", "serve", str(run()), "--port", "0", *flags]
+def process(*flags: str, of: Path | None = None) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Start `tangram serve` of a run, the small one by default, as a user does; give the process and its address."""
+    command = [sys.executable, "-m", "tangram.core.cli", "serve", str(of or run()), "--port", "0", *flags]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = started.stdout.readline()

@@ -5,7 +5,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,7 +16,7 @@ from attrs import evolve, frozen
 from clients import crowd, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import LENGTH, VOCABULARY, alone, events, model, offer, process
+from served import LENGTH, VOCABULARY, Server, alone, events, larger, model, offer, process, run
 
 from tangram.core.continuation import Request
 from tangram.core.sampling import Sampling
@@ -100,7 +103,7 @@ def test_texts_outlive_their_workers(first: list[int], second: list[int], split:
 
 
 def test_a_text_that_no_worker_survives_is_given_up_and_the_others_go_on() -> None:
-    async def run() -> tuple[str, str]:
+    async def both() -> tuple[str, str]:
         crew = Crew(seats([[1, 1, 1]], split=False, speculate=False), offer().tokenizer, 9, Metrics())
         await crew.start()
         with pytest.raises(LostError, match="died"):
@@ -110,12 +113,12 @@ def test_a_text_that_no_worker_survives_is_given_up_and_the_others_go_on() -> No
         await crew.stop()
         return said, alone(REQUESTS[1])[0]
 
-    said, wanted = asyncio.run(run())
+    said, wanted = asyncio.run(both())
     assert said == wanted
 
 
 def test_workers_that_never_get_ready_end_the_start_and_without_workers_no_text_waits_for_ever() -> None:
-    async def run() -> None:
+    async def each() -> None:
         crew = Crew(seats([[0, 0, 0]], split=False, speculate=False), offer().tokenizer, 9, Metrics())
         with pytest.raises(ClosedError, match="before they are ready"):
             await crew.start()
@@ -133,7 +136,7 @@ def test_workers_that_never_get_ready_end_the_start_and_without_workers_no_text_
         await crew.drain()
         await crew.stop()
 
-    asyncio.run(run())
+    asyncio.run(each())
 
 
 def children(pid: int) -> list[int]:
@@ -142,7 +145,14 @@ def children(pid: int) -> list[int]:
         return sorted(map(int, file.read().split()))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
+def test_a_worker_in_a_process_of_its_own_makes_the_same_text() -> None:
+    with Server(decode_workers=1) as server:
+        choice = server.complete(list(REQUESTS[4].prompt), max_tokens=20)["choices"][0]
+        assert choice["text"] == alone(evolve(REQUESTS[4], sampling=Sampling(), tokens=20))[0]
+    assert server.code == 0
+
+
+@pytest.mark.soak
 def test_processes_hand_the_cache_over_and_outlive_a_kill() -> None:
     wanted = {"prompt": list(REQUESTS[4].prompt), "temperature": 0, "max_tokens": 40}
     whole = alone(evolve(REQUESTS[4], sampling=Sampling(), tokens=40))[0]
@@ -162,19 +172,22 @@ def test_processes_hand_the_cache_over_and_outlive_a_kill() -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("workers", [("--decode-workers", "2"), ("--prefill-workers", "1", "--decode-workers", "2")])
-def test_a_thousand_requests_of_64_clients_outlive_a_kill(workers: tuple[str, ...]) -> None:
-    with process(*workers) as (served, url):
-        found = asyncio.run(
-            crowd(
-                url,
-                clients=64,
-                requests=1000,
-                body=lambda i: {"prompt": prompt(i, 32, VOCABULARY), "max_tokens": 16, "temperature": 0},
-                midway=lambda: os.kill(children(served.pid)[-1], signal.SIGKILL),
-            )
-        )
+@pytest.mark.parametrize("of", [run, larger], ids=["small", "v3-tiny"])
+@pytest.mark.parametrize("workers", [(0, 1), (0, 2), (1, 1)], ids=["one", "two", "split"])
+def test_a_thousand_requests_of_64_clients_outlive_a_kill(workers: tuple[int, int], of: Callable[[], Path]) -> None:
+    asked = lambda i: {"prompt": prompt(i, 32, VOCABULARY), "max_tokens": 16, "temperature": 0}  # noqa: E731
+    flags = ("--prefill-workers", str(workers[0]), "--decode-workers", str(workers[1]))
+    with process(*flags, of=of()) as (served, url):
+        begun = time.perf_counter()
+        kill = partial(os.kill, children(served.pid)[-1], signal.SIGKILL)
+        found = asyncio.run(crowd(url, clients=64, requests=1000, body=asked, midway=kill))
+        seconds = time.perf_counter() - begun
         assert found.statuses[200] == 1000 and set(found.statuses) <= {200, 429}
         assert not found.wrong
+        assert "tangram_worker_deaths_total 1.0" in httpx.get(f"{url}/metrics").text
         served.send_signal(signal.SIGTERM)
         assert served.wait() == 0
+    times = sorted(found.seconds)
+    print(
+        f"{seconds:.1f} s, {sum(found.tokens) / seconds:.0f} tokens/s, p50 {times[500]:.2f} s, p99 {times[990]:.2f} s"
+    )

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from served import offer, run
 from tokenizers import Tokenizer
 
+from tangram.core.chat import Chat, ChatError, chat_of
 from tangram.core.interchange import export, import_model
 from tangram.core.session import RunError
 from tangram.core.tokenizer_files import CONFIG, chat_template
+from tangram.core.trained import load_offer
 from tangram.plugins.data.bpe import SPECIAL_TOKENS
-from tangram.plugins.serving.chat import Chat, ChatError, chat_of
-from tangram.plugins.serving.loading import load_offer
 
 USER, ASSISTANT = SPECIAL_TOKENS.index("<｜User｜>"), SPECIAL_TOKENS.index("<｜Assistant｜>")
 ROLES = st.sampled_from(["system", "user", "assistant"])
