@@ -23,6 +23,7 @@ dt { color: #555; font-size: .85rem; }
 dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; min-width: 0; }
+.scroll + figure { margin-top: 1rem; }
 figcaption p { margin: 0; color: #555; font-size: .85rem; }
 svg { display: block; width: 100%; height: auto; max-width: 40rem; }
 .scroll { overflow-x: auto; }

@@ -38,6 +38,7 @@ def page(run: RunRecord) -> str:
         ("Pieces", _pieces(run)),
         ("Costs", _costs(run)),
         ("Sample", verbatim(run.sample)),
+        ("Speculation", _speculation(run)),
         ("Preset", _settings(run)),
         ("How it was run", _about(run)),
     ]
@@ -103,7 +104,6 @@ def _held_out(run: RunRecord) -> str:
     return table(header, rows)
 
 
-def _pieces(run: RunRecord) -> str:
 def _scores(run: RunRecord) -> str:
     """Return what was scored on tasks, and a map for every grid of hidden facts."""
     if not run.scores and not run.grids:
@@ -134,6 +134,7 @@ def _scores(run: RunRecord) -> str:
     return (table(header, rows) if rows else "") + drawn
 
 
+def _pieces(run: RunRecord) -> str:
     if not run.pieces:
         return none("the run has not ended well, or was made before verdicts were kept")
     rows = [(dotted(piece.name), _word(piece), text(piece.why)) for piece in run.pieces]
@@ -164,6 +165,17 @@ def _costs(run: RunRecord) -> str:
         )
         rows.append(("seconds that training waited for checkpoints", f"{held_up} ({share})"))
     return table(("cost", "measured or counted"), rows) if rows else none()
+
+
+def _speculation(run: RunRecord) -> str:
+    """Return how far the MTP modules' drafts are right."""
+    if not run.speculation:
+        return none("the preset has no MTP module, or the run ended before its end")
+    rows = [
+        (text(name), f"{share:.2f}" if name == "tokens a round" else f"{share:.1%} of the drafts kept")
+        for name, share in run.speculation.items()
+    ]
+    return table(("continuing held-out text", "found"), rows)
 
 
 def _settings(run: RunRecord) -> str:

@@ -67,6 +67,7 @@ class RunRecord:
         grids: How hidden facts were found.
         pieces: What became of each named piece; empty where the run did not end well.
         sample: The continued prompt; empty where there is none.
+        speculation: Share of the drafts kept at each depth, and tokens a round; empty where nothing drafts.
         command: The command line, word by word.
         versions: What the numbers depend on.
         data: Fingerprint of the data.
@@ -83,10 +84,11 @@ class RunRecord:
     load: Mapping[int, tuple[int, ...]] = field(factory=dict)
     averaged: Mapping[str, Row] = field(factory=dict)
     saving: Mapping[str, float] = field(factory=dict)
-    pieces: tuple[Piece, ...] = ()
     scores: tuple[TaskScore, ...] = ()
     grids: tuple[NeedleGrid, ...] = ()
+    pieces: tuple[Piece, ...] = ()
     sample: str = ""
+    speculation: Mapping[str, float] = field(factory=dict)
     command: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(factory=dict)
     data: str = ""
@@ -183,10 +185,11 @@ def read_files(directory: str | Path) -> RunRecord:
         load=_load(files["load"]),
         averaged={name: _leaves(_map(row)) for name, row in _map(verdict.get("averaged")).items()},
         saving=_numbers(_map(verdict.get("saving"))),
-        pieces=tuple(_pieces(verdict.get("pieces"))),
-        sample=str(verdict.get("sample", "")),
         scores=read_scores(directory, gaps),
         grids=read_grids(directory, gaps),
+        pieces=tuple(_pieces(verdict.get("pieces"))),
+        sample=str(verdict.get("sample", "")),
+        speculation=_numbers(_map(verdict.get("speculation"))),
         command=tuple(map(str, _list(about.get("command")))),
         versions={key: str(value) for key, value in _map(about.get("versions")).items()},
         data=str(about.get("data", "")),

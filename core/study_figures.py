@@ -107,5 +107,6 @@ def forest(record: StudyRecord, metric: str) -> str | None:
         axes.set_yticks(range(len(rows)), [f"{row.variant} ({row.finding.value})" for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(f"{metric}, difference to {record.plan.variants[0].name}")
     return drawn[0]
