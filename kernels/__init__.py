@@ -17,7 +17,7 @@ from tangram.kernels.grouped_matmul import (
     grouped_matmul_weight_grad,
 )
 from tangram.kernels.limited_product import limited_product
-from tangram.kernels.mla_decode import mla_decode
+from tangram.kernels.mla_decode import absorb, expand, mla_decode
 from tangram.kernels.permute import Order, order_by_expert, permute, unpermute
 from tangram.kernels.products import accumulator, native_bfloat16, product, product_dtype, product_transposed
 from tangram.kernels.quantize import Quantized, Scaling, dequantize, quantize_blocks, quantize_tiles
@@ -32,11 +32,13 @@ __all__ = [
     "Quantized",
     "Scaling",
     "Yarn",
+    "absorb",
     "accumulator",
     "adamw_step",
     "causal_attention",
     "choose",
     "dequantize",
+    "expand",
     "fp8_grouped_matmul",
     "fp8_grouped_weight_grad",
     "fp8_matmul",

@@ -82,6 +82,18 @@ void best_of(float *left, int64_t n, int64_t count, int64_t *places) {
     }
 }
 
+// Rows times a transposed matrix [outer, inner].
+void linear(const float *rows, const float *matrix, float *out, int64_t count, int64_t inner, int64_t outer) {
+    int64_t column = 0;
+    for (; column + 4 <= outer; column += 4) {
+        const float *m = matrix + column * inner, *four[4] = {m, m + inner, m + 2 * inner, m + 3 * inner};
+        for (int64_t row = 0; row < count; row++) dots<4>(rows + row * inner, four, inner, out + row * outer + column);
+    }
+    for (; column < outer; column++)
+        for (int64_t row = 0; row < count; row++)
+            out[row * outer + column] = dot(rows + row * inner, matrix + column * inner, inner);
+}
+
 } // namespace
 
 extern "C" {
@@ -122,6 +134,38 @@ void rotate(const float *x, const float *cosine, const float *sine, float *y, in
                 y[2 * i + 1] = a * sine[i] + b * cosine[i];
             }
         }
+}
+
+void rotation(const int64_t *positions, const float *frequencies, float *cosine, float *sine, int64_t tokens,
+              int64_t pairs) {
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t i = 0; i < pairs; i++) { // in double: a float loses the angle of far positions
+            double angle = double(positions[token]) * double(frequencies[i]);
+            *cosine++ = float(std::cos(angle));
+            *sine++ = float(std::sin(angle));
+        }
+}
+
+// Queries [nope | turned] with the matrix [nope, rank] of their head multiplied into the first part.
+void absorb(const float *q, const float *weight, float *out, int64_t tokens, int64_t heads, int64_t nope,
+            int64_t turned, int64_t rank, int64_t head_stride) {
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t head = 0; head < heads; head++, q += nope + turned, out += rank + turned) {
+            std::memset(out, 0, sizeof(float) * size_t(rank));
+            for (int64_t n = 0; n < nope; n++) {
+                const float *row = weight + head * head_stride + n * rank;
+                for (int64_t i = 0; i < rank; i++) out[i] += q[n] * row[i];
+            }
+            std::memcpy(out + rank, q + nope, sizeof(float) * size_t(turned));
+        }
+}
+
+// Means of latents times the matrix [value, rank] of their head.
+void expand(const float *means, const float *weight, float *out, int64_t tokens, int64_t heads, int64_t value,
+            int64_t rank, int64_t head_stride) {
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t head = 0; head < heads; head++, means += rank, out += value)
+            linear(means, weight + head * head_stride, out, 1, rank, value);
 }
 
 void mla_decode(const float *q, const float *blocks, const int32_t *table, const int64_t *lengths, float *out,
@@ -177,18 +221,6 @@ void mla_decode(const float *q, const float *blocks, const int32_t *table, const
             }
         }
     }
-}
-
-// Rows times a transposed matrix [outer, inner].
-static void linear(const float *rows, const float *matrix, float *out, int64_t count, int64_t inner, int64_t outer) {
-    int64_t column = 0;
-    for (; column + 4 <= outer; column += 4) {
-        const float *m = matrix + column * inner, *four[4] = {m, m + inner, m + 2 * inner, m + 3 * inner};
-        for (int64_t row = 0; row < count; row++) dots<4>(rows + row * inner, four, inner, out + row * outer + column);
-    }
-    for (; column < outer; column++)
-        for (int64_t row = 0; row < count; row++)
-            out[row * outer + column] = dot(rows + row * inner, matrix + column * inner, inner);
 }
 
 // Every expert's rows times its transposed matrix.

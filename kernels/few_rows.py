@@ -24,6 +24,9 @@ _ARGUMENTS = {
     "rmsnorm": [_PLACE] * 3 + [_COUNT] * 2 + [_NUMBER],
     "swiglu": [_PLACE] * 2 + [_COUNT] * 2,
     "rotate": [_PLACE] * 4 + [_COUNT] * 5,
+    "rotation": [_PLACE] * 4 + [_COUNT] * 2,
+    "absorb": [_PLACE] * 3 + [_COUNT] * 6,
+    "expand": [_PLACE] * 3 + [_COUNT] * 5,
     "mla_decode": [_PLACE] * 5 + [_COUNT] * 7 + [_NUMBER],
     "grouped_matmul": [_PLACE] * 4 + [_COUNT] * 3,
     "order_by_expert": [_PLACE] * 5 + [_COUNT] * 3,
@@ -85,6 +88,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.contiguous(), sin.contiguous()
     _call("rotate", x, cos, sin, y, batch * length, heads, width // 2, x.stride(1), x.stride(2))
     return y
+
+
+def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `kernels.rotation` does, in float32."""
+    positions, frequencies = positions.contiguous(), frequencies.contiguous()
+    cos, sin = torch.empty(*positions.shape, len(frequencies)), torch.empty(*positions.shape, len(frequencies))
+    _call("rotation", positions, frequencies, cos, sin, positions.numel(), len(frequencies))
+    return cos, sin
+
+
+def absorb(q: Tensor, weight: Tensor) -> Tensor:
+    """Return what `kernels.absorb` does; the matrices lie one behind the other, each contiguous."""
+    q = q.contiguous()
+    batch, length, heads, width = q.shape
+    nope, rank = weight.shape[1:]
+    out = torch.empty(batch, length, heads, rank + width - nope)
+    _call("absorb", q, weight, out, batch * length, heads, nope, width - nope, rank, weight.stride(0))
+    return out
+
+
+def expand(means: Tensor, weight: Tensor) -> Tensor:
+    """Return what `kernels.expand` does; the matrices lie one behind the other, each contiguous."""
+    means = means.contiguous()
+    batch, length, heads, rank = means.shape
+    out = torch.empty(batch, length, heads, weight.shape[1])
+    _call("expand", means, weight, out, batch * length, heads, weight.shape[1], rank, weight.stride(0))
+    return out
 
 
 def mla_decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale: float, kv_rank: int) -> Tensor:

@@ -70,6 +70,32 @@ def mla_decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale:
         return _decode(q, blocks, table, lengths, scale, kv_rank)
 
 
+def absorb(q: Tensor, weight: Tensor) -> Tensor:
+    """Return queries that attend to latents, [B, S, H, C + R]: with W_k multiplied into their part without position.
+
+    Args:
+        q: Queries [B, S, H, N + R].
+        weight: W_k of every head, [H, N, C].
+    """
+    nope = weight.shape[1]
+    if weight.stride()[1:] == (weight.shape[2], 1) and few_rows.takes(q, q.shape[0] * q.shape[1]):
+        return few_rows.absorb(q, weight)
+    still, turned = q.split([nope, q.shape[-1] - nope], -1)
+    return torch.cat([(still.transpose(1, 2) @ weight).transpose(1, 2), turned], -1)
+
+
+def expand(means: Tensor, weight: Tensor) -> Tensor:
+    """Return what the heads give, [B, S, H, V]: W_v times what they took from the latents.
+
+    Args:
+        means: What `mla_decode` returned, [B, S, H, C].
+        weight: W_v of every head, [H, V, C].
+    """
+    if weight.stride()[1:] == (weight.shape[2], 1) and few_rows.takes(means, means.shape[0] * means.shape[1]):
+        return few_rows.expand(means, weight)
+    return (means.transpose(1, 2) @ weight.mT).transpose(1, 2)
+
+
 def _decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale: float, kv_rank: int) -> Tensor:
     out, wide = _output(q, kv_rank), accumulator(q.dtype)
     tokens, heads = q.shape[1:3]

@@ -94,8 +94,10 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tupl
         frequencies: What `frequencies` returned, [R/2].
         dtype: Dtype of the tensors to be turned. The tables are at least float32.
     """
-    angles = positions.double().unsqueeze(-1) * frequencies.double()  # [B, S, R/2]
     wide = accumulator(dtype)
+    if wide is torch.float32 and few_rows.takes(frequencies, positions.numel()):
+        return few_rows.rotation(positions, frequencies)
+    angles = positions.double().unsqueeze(-1) * frequencies.double()  # [B, S, R/2]
     return angles.cos().to(wide), angles.sin().to(wide)
 
 

@@ -15,7 +15,17 @@ from tangram.core.context import Context
 from tangram.core.contracts import Attention, Cache
 from tangram.core.layers import norm
 from tangram.core.registry import component
-from tangram.kernels import Yarn, causal_attention, frequencies, masked_attention, mla_decode, rotate, rotation
+from tangram.kernels import (
+    Yarn,
+    absorb,
+    causal_attention,
+    expand,
+    frequencies,
+    masked_attention,
+    mla_decode,
+    rotate,
+    rotation,
+)
 from tangram.plugins.attention.cache import TokenCache
 
 
@@ -134,12 +144,9 @@ class MLA(Attention):
         c = self.config
         weight = self.kv_up.get_parameter("weight").to(q.dtype)
         w_k, w_v = weight.view(c.n_heads, -1, c.kv_rank).split([c.nope_dim, c.value_dim], 1)  # [H, nope | value, C]
-        nope, turned = q.split([c.nope_dim, c.rope_dim], -1)
         # W^UK multiplied into the query instead of the latents, and W^UV into their mean (section 2.1.1).
-        q = torch.cat([(nope.transpose(1, 2) @ w_k).transpose(1, 2), turned], -1)
-        means = mla_decode(q, cache.blocks, cache.table, cache.lengths, self.scale, c.kv_rank)
-        values: Tensor = means.transpose(1, 2) @ w_v.mT  # [B, H, S, value]
-        return values.transpose(1, 2)
+        means = mla_decode(absorb(q, w_k), cache.blocks, cache.table, cache.lengths, self.scale, c.kv_rank)
+        return expand(means, w_v)
 
     def _query_input(self, x: Tensor) -> Tensor:
         if self.config.q_rank is None:

@@ -160,3 +160,23 @@ def test_they_run_in_inference_mode_on_few_rows_of_float32(monkeypatch):
         with torch.inference_mode():
             kernels.rmsnorm(x, weight, 1e-5)
         assert bool(calls) is runs
+
+
+@given(batch=st.integers(1, 2), length=ROWS, heads=st.integers(1, 3), nope=st.integers(1, 9), seed=SEEDS)
+def test_absorb_and_expand(batch, length, heads, nope, seed):
+    rank, rope, value = 11, 4, 5
+    w_k, w_v = numbers(heads, nope + value, rank, seed=seed).split([nope, value], 1)
+    q, means = numbers(batch, length, heads, nope + rope, seed=seed + 1), numbers(batch, length, heads, rank, seed=seed)
+    plain, ours = on_both(lambda: kernels.absorb(q, w_k))
+    assert_close(ours, plain, length=nope)
+    plain, ours = on_both(lambda: kernels.expand(means, w_v))
+    assert_close(ours, plain, length=rank)
+
+
+@given(batch=st.integers(1, 2), length=ROWS, pairs=st.integers(1, 9), far=st.integers(0, 10**6))
+def test_rotation_far_away(batch, length, pairs, far):
+    positions = far + torch.arange(batch * length).view(batch, length)
+    table = kernels.frequencies(2 * pairs, 1e4)
+    plain, ours = on_both(lambda: kernels.rotation(positions, table, torch.float32))
+    for one, other in zip(plain, ours, strict=True):
+        assert_close(other, one, length=1)
