@@ -86,6 +86,27 @@ def test_the_likeliest_continuation_is_known_from_any_other(trained: Trainer) ->
         assert found.greedy == (changed < 0)
 
 
+def test_a_text_of_several_windows_is_the_likeliest_only_if_all_of_it_is(trained: Trainer) -> None:
+    tokens = [70]
+    for _ in range(3):
+        tokens += generate(trained.model, torch.tensor([tokens[-1:]]), 3)[0].tolist()
+    scorer = scorer_of(trained, length=3)
+    changed = [[token + (i == at) for i, token in enumerate(tokens)] for at in range(1, len(tokens))]
+    found = scorer.scores([(text, 1) for text in (tokens, *changed)])
+    assert [each.greedy for each in found] == [True] + [False] * len(changed)
+
+
+def test_a_batch_is_no_larger_than_allowed_unless_it_is_one_text(trained: Trainer) -> None:
+    shapes: list[torch.Size] = []
+    hook = trained.model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].tokens.shape))
+    texts = [(list(range(50, 50 + size)), 1) for size in (9, 3, 30, 4, 25, 5, 3, 2, 28, 6)]
+    scorer_of(trained, at_once=24).scores(texts)
+    hook.remove()
+    assert sum(rows for rows, _ in shapes) == len(texts)
+    assert all(rows == 1 or rows * width <= 24 for rows, width in shapes)
+    assert max(rows for rows, _ in shapes) > 1
+
+
 @given(total=st.integers(1, 60), first=st.integers(1, 20), length=st.integers(1, 20))
 def test_windows_score_every_token_once_with_as_much_before_it_as_is_read_at_once(
     total: int, first: int, length: int
