@@ -11,7 +11,6 @@ from tangram.core import checkpoint
 from tangram.core.chat import Chat, chat_of
 from tangram.core.context import built
 from tangram.core.contracts import Tokenizer
-from tangram.core.decoding import drafter_of
 from tangram.core.deepseek_format import FormatError
 from tangram.core.experiment import Experiment
 from tangram.core.interchange import import_model
@@ -21,6 +20,7 @@ from tangram.core.presets import load_preset
 from tangram.core.provenance import RUN_PRESET
 from tangram.core.run import load_run
 from tangram.core.session import RunError
+from tangram.core.speculation import drafter_of
 from tangram.core.weight_folder import InterchangeError
 
 
