@@ -1,5 +1,7 @@
 """Multi-head latent attention against the paper's equations (arXiv:2412.19437, 1 to 11)."""
 
+from unittest import mock
+
 import paper
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tangram.core.context import Context
+from tangram.core.layers import FullPrecision
 from tangram.plugins.attention.mla import MLA, MLAConfig, YarnConfig
 from tangram.testing import seeds
 from tangram.testing.samples import context, documents, filled, normal
@@ -119,3 +123,28 @@ def test_the_released_widths_give_the_published_parameter_count(q_rank, expected
 
 def test_core_flops_count_scores_and_values():
     assert built(SMALL_MLA).core_flops(10) == 2 * 10 * 2 * ((3 + 4) + 5)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    rows=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_absorbed_and_expanded_agree_to_a_millionth_in_float32(sizes, rows, seed):
+    context = Context(dim=32, init_std=0.2, precision=FullPrecision(torch.float32))
+    torch.manual_seed(seed)
+    module = MLAConfig(n_heads=4, q_rank=16, kv_rank=16, nope_dim=16, rope_dim=8, value_dim=16).build(context)
+    assert isinstance(module, MLA)
+    x = torch.randn(rows, sum(sizes), 32)
+    found = []
+    for absorbs in (True, False):
+        with mock.patch.object(MLA, "_absorbs", lambda *_, said=absorbs: said):
+            cache, out, start = module.new_cache(rows, sum(sizes)), [], 0
+            for piece in x.split(sizes, 1):
+                positions = torch.arange(start, start + piece.shape[1]).expand(rows, -1)
+                out.append(module(piece, positions, torch.zeros_like(positions), cache))
+                start += piece.shape[1]
+        found.append(torch.cat(out, 1))
+    absorbed, expanded = found
+    assert (absorbed - expanded).abs().max() <= 1e-6 * expanded.abs().max().clamp_min(1.0)
