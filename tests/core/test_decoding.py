@@ -78,7 +78,7 @@ def test_sequences_come_and_go_and_each_is_continued_as_if_alone(
     drafting: Model, sizes: list[int], more: list[int], chunk: int, rounds: int, speculate: bool, seed: int
 ) -> None:
     count, prompts = 7, prompts_of([*sizes, *more], FEW, seed)
-    decoder = Decoder(drafting, 9 + count, speculate=speculate, chunk=chunk)
+    decoder = Decoder(drafting, 40, speculate=speculate, chunk=chunk)
     decoder.admit(prompts[: len(sizes)], [Sampling()] * len(sizes))
     for _ in range(rounds):
         decoder.step()
