@@ -28,14 +28,18 @@ def model(request: pytest.FixtureRequest) -> Model:
     return build_model(exact(*request.param), seed=1)
 
 
-@pytest.fixture(scope="module", params=DEPTHS)
-def drafting(request: pytest.FixtureRequest) -> Model:
+def drafts(depth: int) -> Model:
     """Return a model that drafts, with as large weights as make its guesses differ from place to place."""
-    model = build_model(exact(f"model.vocab_size={FEW}", f"objectives.mtp.depth={request.param}"), seed=3)
+    model = build_model(exact(f"model.vocab_size={FEW}", f"objectives.mtp.depth={depth}"), seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
     return model
+
+
+@pytest.fixture(scope="module", params=DEPTHS)
+def drafting(request: pytest.FixtureRequest) -> Model:
+    return drafts(request.param)
 
 
 def prompts_of(sizes: Sequence[int], vocabulary: int, seed: int) -> list[list[int]]:
@@ -150,8 +154,8 @@ def shares_of(model: Model, prompt: list[int], sampling: Sampling, count: int) -
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=3)])
-def test_what_is_kept_of_drafts_is_distributed_as_without_them(drafting: Model, sampling: Sampling) -> None:
-    prompt, count, runs = [1, 2, 0], 3, 1500
+def test_what_is_kept_of_drafts_is_distributed_as_without_them(sampling: Sampling) -> None:
+    prompt, count, runs, drafting = [1, 2, 0], 3, 1500, drafts(2)
     expected = shares_of(drafting, prompt, sampling, count)
     for speculate in (False, True):
         decoder = Decoder(drafting, len(prompt) + count + 4, speculate=speculate)
