@@ -121,7 +121,13 @@ class MLA(Attention):
         else:
             assert isinstance(cache, TokenCache)
             entries = torch.cat([latent, shared_key], -1)
-            out = self._absorbed(q, entries, cache) if self._absorbs(q, cache) else self._expanded(q, entries, cache)
+            if self._absorbs(q, cache):
+                out = self._absorbed(q, entries, cache)
+            elif cache.longest:
+                out = self._expanded(q, entries, cache)
+            else:  # a text begins: as without a cache
+                cache.store(entries)
+                out = causal_attention(q, *self._keys_and_values(latent, shared_key), self.scale, segments)
         return self.out(out.flatten(2))  # type: ignore[no-any-return]
 
     def _absorbs(self, q: Tensor, cache: TokenCache) -> bool:
