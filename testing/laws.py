@@ -53,6 +53,7 @@ class Law:
         requires: The capability without which it does not apply; empty for none.
         since: Minor version in which it came, such as `0.2`: until the next one it warns; empty for the first.
         kills: Mutants that it must notice.
+        most: Most examples, whatever the profile: of a law that starts processes, and tries much in each.
     """
 
     check: Callable[..., None]
@@ -60,6 +61,7 @@ class Law:
     requires: str = ""
     since: str = ""
     kills: tuple[Mutant, ...] = ()
+    most: int = max(EXAMPLES.values())
 
     @property
     def name(self) -> str:
@@ -73,7 +75,12 @@ class Law:
 
 
 def law(
-    *, kills: Iterable[Mutant] = (), requires: str = "", since: str = "", **draws: st.SearchStrategy[Any]
+    *,
+    kills: Iterable[Mutant] = (),
+    requires: str = "",
+    since: str = "",
+    most: int = max(EXAMPLES.values()),
+    **draws: st.SearchStrategy[Any],
 ) -> Callable[[_C], _C]:
     """Mark a method of a contract as a law. It is called with `config` and one value of each of `draws`.
 
@@ -81,11 +88,12 @@ def law(
         kills: Mutants that it must notice; a law about numbers has at least one.
         requires: The capability without which it does not apply.
         since: The minor version of tangram in which it came.
+        most: Most examples, whatever the profile.
         **draws: Strategies by the name of the argument.
     """
 
     def mark(method: _C) -> _C:
-        setattr(method, _LAW, Law(method, draws, requires, since, tuple(kills)))
+        setattr(method, _LAW, Law(method, draws, requires, since, tuple(kills), most))
         return method
 
     return mark
@@ -229,7 +237,7 @@ def _test(contract: type[Contract], tried: Law) -> Callable[[Contract], None]:
 
     check.__name__ = check.__qualname__ = f"test_{tried.name}"
     check.__doc__ = tried.sentence
-    examples = _settings(EXAMPLES[contract.profile])
+    examples = _settings(min(EXAMPLES[contract.profile], tried.most))
     drawing = examples(given(**_draws(contract, tried))(check))
     if tried.requires and tried.requires not in contract.capabilities():
         return _skipping(tried, f"not applicable: it does not declare '{tried.requires}'")
@@ -345,7 +353,9 @@ def examine(contract: type[Contract], tried: Law, *, mutant: Mutant | None = Non
     check.__name__ = tried.name
     # That a mutant is killed is enough; how small the example is, is not.
     phases = [Phase.generate] if mutant is not None else [Phase.generate, Phase.shrink]
-    shown = settings(_settings(EXAMPLES[contract.profile]), database=None, report_multiple_bugs=False, phases=phases)
+    shown = settings(
+        _settings(min(EXAMPLES[contract.profile], tried.most)), database=None, report_multiple_bugs=False, phases=phases
+    )
     began = time.perf_counter()
     try:
         shown(given(**_draws(contract, tried, mutant))(check))()
