@@ -145,7 +145,7 @@ class DispatcherContract(Contract):
 
     @law(
         requires="ranks",
-        most=5,
+        most=3,
         kills=[
             mutants.doubles_a_token,
             mutants.detaches_the_gates,
@@ -203,7 +203,7 @@ class DispatcherContract(Contract):
             sent = dispatcher.dispatch(direction, ids).rows
             assert torch.equal(of_made, sent), "the gradient of outputs is sent otherwise"
 
-    @law(requires="wire", most=5, kills=[mutants.shares_a_scale])
+    @law(requires="wire", most=3, kills=[mutants.shares_a_scale])
     def ranks_round_as_one_does(self, config: Any) -> None:
         """Whatever the wire, several ranks give what one does; sums that go home in parts may be rounded for each."""
         ranks = self.ranks if "ranks" in self.capabilities() else 1
