@@ -46,14 +46,16 @@ def _library() -> ctypes.CDLL | None:
     return found
 
 
-def takes(x: Tensor, rows: int) -> bool:
-    """Return whether operations on `rows` rows of `x` are these."""
-    return rows <= MOST and x.dtype is torch.float32 and _runs(x)
+def takes(x: Tensor, rows: int, *others: Tensor) -> bool:
+    """Return whether operations on `rows` rows of `x` are these; what they read besides is in float32 too."""
+    return (
+        rows <= MOST and x.dtype is torch.float32 and all(each.dtype is torch.float32 for each in others) and _runs(x)
+    )
 
 
-def counts(ids: Tensor) -> bool:
+def orders(ids: Tensor) -> bool:
     """Return whether these ids are ordered here."""
-    return ids.numel() <= MOST and _runs(ids)
+    return ids.numel() <= MOST and ids.dtype is torch.int64 and _runs(ids)
 
 
 def _runs(x: Tensor) -> bool:
@@ -92,7 +94,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `kernels.rotation` does, in float32."""
-    positions, frequencies = positions.contiguous(), frequencies.contiguous()
+    positions, frequencies = positions.long().contiguous(), frequencies.contiguous()
     cos, sin = torch.empty(*positions.shape, len(frequencies)), torch.empty(*positions.shape, len(frequencies))
     _call("rotation", positions, frequencies, cos, sin, positions.numel(), len(frequencies))
     return cos, sin
@@ -119,7 +121,7 @@ def expand(means: Tensor, weight: Tensor) -> Tensor:
 
 def mla_decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale: float, kv_rank: int) -> Tensor:
     """Return what `kernels.mla_decode` does."""
-    q, table, lengths = q.contiguous(), table.contiguous(), lengths.contiguous()
+    q, table, lengths = q.contiguous(), table.int().contiguous(), lengths.long().contiguous()
     out = torch.empty(*q.shape[:3], kv_rank)
     _call("mla_decode", q, blocks, table, lengths, out, *q.shape, kv_rank, blocks.shape[1], table.shape[1], scale)
     return out
@@ -127,7 +129,7 @@ def mla_decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale:
 
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Return what `kernels.grouped_matmul_forward` does."""
-    rows, weight, counts = rows.contiguous(), weight.contiguous(), counts.contiguous()
+    rows, weight, counts = rows.contiguous(), weight.contiguous(), counts.long().contiguous()
     experts, outer, inner = weight.shape
     out = torch.empty(len(rows), outer)
     _call("grouped_matmul", rows, weight, counts, out, experts, inner, outer)

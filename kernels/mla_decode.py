@@ -78,7 +78,7 @@ def absorb(q: Tensor, weight: Tensor) -> Tensor:
         weight: W_k of every head, [H, N, C].
     """
     nope = weight.shape[1]
-    if weight.stride()[1:] == (weight.shape[2], 1) and few_rows.takes(q, q.shape[0] * q.shape[1]):
+    if weight.stride()[1:] == (weight.shape[2], 1) and few_rows.takes(q, q.shape[0] * q.shape[1], weight):
         return few_rows.absorb(q, weight)
     still, turned = q.split([nope, q.shape[-1] - nope], -1)
     return torch.cat([(still.transpose(1, 2) @ weight).transpose(1, 2), turned], -1)
@@ -91,7 +91,7 @@ def expand(means: Tensor, weight: Tensor) -> Tensor:
         means: What `mla_decode` returned, [B, S, H, C].
         weight: W_v of every head, [H, V, C].
     """
-    if weight.stride()[1:] == (weight.shape[2], 1) and few_rows.takes(means, means.shape[0] * means.shape[1]):
+    if weight.stride()[1:] == (weight.shape[2], 1) and few_rows.takes(means, means.shape[0] * means.shape[1], weight):
         return few_rows.expand(means, weight)
     return (means.transpose(1, 2) @ weight.mT).transpose(1, 2)
 

@@ -58,7 +58,7 @@ def order_by_expert(ids: Tensor, n_experts: int, n_rows: int | None = None) -> O
         n_rows: How many slots are no gaps; by default there are none.
     """
     experts, gaps = ids.flatten(), n_rows is not None
-    if not gaps and few_rows.counts(ids):
+    if not gaps and few_rows.orders(ids):
         return Order(*few_rows.order_by_expert(ids, n_experts))
     if gaps:
         experts = torch.where(experts < 0, n_experts, experts)

@@ -32,7 +32,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return y
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    if few_rows.takes(x, x.numel() // max(x.shape[-1], 1)):
+    if few_rows.takes(x, x.numel() // max(x.shape[-1], 1), weight):
         return few_rows.rmsnorm(x, weight, eps)
     return _forward(x, weight, eps)[0]
 

@@ -115,7 +115,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Ten
     """
     if takes_kernel(x):
         return torch.ops.tangram.rotate(x, cos, sin, interleaved)
-    if interleaved and few_rows.takes(x, cos.numel() // max(cos.shape[-1], 1)):
+    if interleaved and few_rows.takes(x, cos.numel() // max(cos.shape[-1], 1), cos, sin):
         return few_rows.rotate(x, cos, sin)
     return _turned(x, cos, sin, interleaved)
 

@@ -180,3 +180,12 @@ def test_rotation_far_away(batch, length, pairs, far):
     plain, ours = on_both(lambda: kernels.rotation(positions, table, torch.float32))
     for one, other in zip(plain, ours, strict=True):
         assert_close(other, one, length=1)
+
+
+def test_what_is_of_another_dtype_beside_the_rows_is_left_to_torch():
+    x, weight = numbers(2, 8, seed=0), numbers(8, seed=1).double()
+    plain, ours = on_both(lambda: kernels.rmsnorm(x, weight, 1e-5))
+    assert torch.equal(ours, plain)
+    ids = torch.tensor([[1, 0]], dtype=torch.int32)
+    with torch.inference_mode():
+        assert not few_rows.orders(ids)
