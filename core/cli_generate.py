@@ -207,7 +207,7 @@ class _Clocked:
         """Return how long all took."""
         tally, seconds = self._decoder.tally, max(self._ended)
         line = f"{tally.tokens} tokens in {seconds:.2f} s, {tally.tokens / seconds:.1f} a second"
-        for depth, kept in enumerate(self._speculation().get("acceptance", ()), start=1):  # type: ignore[arg-type, var-annotated]
+        for depth, kept in enumerate(tally.acceptance, start=1):
             line += f"; {kept:.0%} of the drafts at depth {depth} kept"
         if tally.offered:
             line += f", {tally.tokens_per_round:.2f} tokens a round"

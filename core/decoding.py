@@ -5,7 +5,7 @@ those are kept up to the first that the trunk would not have chosen (arXiv:2412.
 distributed as without drafts (arXiv:2211.17192), and greedily it is the same.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from attrs import evolve, frozen
@@ -61,8 +61,6 @@ class Decoder:
         if model.n_stages > 1:
             raise ValueError(f"the model has {model.n_stages} stages; decoding takes it as one")
         self.model, self.chunk = model, chunk
-        experts = max(model.experts, default=0)
-        self._waited_for = any(len(own) < experts for own in model.shares().values())
         self._device = next(model.parameters()).device
         self._drafts = Drafts(model) if speculate else None
         self.length = length
@@ -119,7 +117,7 @@ class Decoder:
 
     def _round(self, made: list[list[int]]) -> Iterator[str]:
         """Take a round, and before each phase of the trunk yield its lane; the tokens are added to `made`."""
-        if not self.running and not self._waited_for:
+        if not self.running and self.model.expert_ranks == 1:
             return
         starts = [len(one.tokens) - 1 for one in self.running]
         rows = [one.tokens[-1:] + one.drafts for one in self.running]
@@ -131,16 +129,16 @@ class Decoder:
         assert carry.trunk is not None
         hidden = carry.trunk
         made += self._chosen(self.running, self._logits(hidden))
-        self._shorten(self._trunk, starts, made)
+        self._shorten(starts, made)
         if self._drafts is not None:
             newest = [hidden[row, : len(tokens)] for row, tokens in enumerate(made)]
             self._drafts.draft(self.running, newest, self._modules)
 
-    def _shorten(self, caches: Iterable[Cache], starts: Sequence[int], made: Sequence[Sequence[int]]) -> None:
+    def _shorten(self, starts: Sequence[int], made: Sequence[Sequence[int]]) -> None:
         """Forget the drafts that were not kept."""
         if any(len(tokens) <= len(one.drafts) for one, tokens in zip(self.running, made, strict=True)):
             lengths = torch.tensor([start + len(tokens) for start, tokens in zip(starts, made, strict=True)])
-            for cache in caches:
+            for cache in self._trunk:
                 cache.truncate(lengths)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -268,15 +266,20 @@ def generate(
     """
     chosen = sampling or Sampling()
     samplings = [evolve(chosen, seed=chosen.seed + row) for row in range(len(prompt))]
-    total = prompt.shape[1] + count
-    decoder = Decoder(model, total, speculate=speculate)
+    decoder = Decoder(model, prompt.shape[1] + count, speculate=speculate)
     decoder.admit(prompt.tolist(), samplings)
     rows = list(decoder.running)
-    while decoder.running:
-        decoder.keep([row for row, one in enumerate(decoder.running) if len(one.tokens) < total])
-        decoder.step()
-    made = [one.tokens[prompt.shape[1] : total] for one in rows]
+    _continue_by(decoder, count)
+    made = [one.tokens[prompt.shape[1] :][:count] for one in rows]
     return torch.tensor(made, dtype=torch.int64, device=prompt.device).view(len(rows), count)
+
+
+def _continue_by(decoder: Decoder, count: int) -> None:
+    """Go on until every sequence, of which each has one token now, has `count` of them, and let go of it."""
+    ends = {id(one): len(one.tokens) - 1 + count for one in decoder.running}
+    while decoder.running:
+        decoder.keep([row for row, one in enumerate(decoder.running) if len(one.tokens) < ends[id(one)]])
+        decoder.step()
 
 
 def speculated(model: Model, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling) -> Tally:
@@ -287,12 +290,7 @@ def speculated(model: Model, prompts: Sequence[Sequence[int]], count: int, sampl
     """
     decoder = Decoder(model, max(map(len, prompts)) + count + 1, speculate=True)
     decoder.admit(prompts, [evolve(sampling, seed=sampling.seed + row) for row in range(len(prompts))])
-    starts = [len(prompt) for prompt in prompts]
-    while decoder.running:
-        going = [row for row, one in enumerate(decoder.running) if len(one.tokens) < starts[row] + count]
-        decoder.keep(going)
-        starts = [starts[row] for row in going]
-        decoder.step()
+    _continue_by(decoder, count)
     return decoder.tally
 
 

@@ -29,6 +29,7 @@ class Model(nn.Module):
 
     Attributes:
         around: What is done around the phases of a stage; a sharding that does not keep all parameters whole sets it.
+        expert_ranks: Ranks that share out the experts, this one among them.
         experts: Routed experts of every layer of the whole model; 0 where there is no router.
         on_tokens: Names of the losses on tokens of the whole model.
 
@@ -39,7 +40,7 @@ class Model(nn.Module):
     def __init__(self, experiment: Experiment, parallel: Parallel) -> None:
         super().__init__()
         config, layout = experiment.model, parallel.layout
-        self.n_stages = layout.n_stages
+        self.n_stages, self.expert_ranks = layout.n_stages, layout.expert_ranks
         self._layers = split(config.n_layers, self.n_stages)
         self.dim = config.dim
         self.around: Callable[[list[Phase]], list[Phase]] = list  # as they are

@@ -26,7 +26,7 @@ from tangram.core.weight_folder import InterchangeError
 
 @frozen(eq=False)
 class Offer:
-    """What is served.
+    """What a trained model is for whoever asks it for texts.
 
     Attributes:
         name: What clients call it.
@@ -48,7 +48,7 @@ def as_run(path: Path, plugins: Sequence[Path]) -> Iterator[Path]:
     """Give a run directory: the one named, or for as long as needed one made of a folder in DeepSeek-V3's format.
 
     Raises:
-        RunError: It is neither; or the folder cannot be read.
+        RunError: The folder cannot be read.
     """
     if not (path / "config.json").is_file() or (path / RUN_PRESET).exists():
         yield path

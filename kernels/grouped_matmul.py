@@ -328,9 +328,6 @@ def _blocks(dtype: torch.dtype) -> dict[str, int]:
 def _grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if takes_kernel(rows):
         return _launch_rows(rows, weight.transpose(1, 2), counts)
-    if few_rows.takes(rows, len(rows)):
-        _check_rows(rows, weight.mT, counts)
-        return few_rows.grouped_matmul(rows, weight, counts)
     return _rows_product(rows, weight.contiguous().transpose(1, 2), counts)
 
 
