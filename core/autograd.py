@@ -244,8 +244,9 @@ class Recompute:
 
     def _pack(self, tensor: Tensor) -> Tensor | _Use:
         use = self._use(tensor)
-        if isinstance(use, _Use):
-            use.recipe.takers += 1
+        if isinstance(use, Tensor):
+            return use.detach()  # an operation that saved its own output would keep its graph alive for good
+        use.recipe.takers += 1
         return use
 
     @staticmethod

@@ -82,6 +82,18 @@ def test_it_is_what_autograd_was_told_to_save_and_hardly_more() -> None:
     assert carry.losses
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_a_graph_that_no_backward_uses_leaves_nothing_behind(recompute: str) -> None:
+    run = trainer(tiny("precision.compute=float32", f"model.recompute={recompute}"))
+    batch = run.data.batch(run.progress, 1)
+    run.model(batch, Progress())  # tables that are made once
+    with Made() as made:
+        carry = run.model(batch, Progress())
+    assert made.alive() > 0
+    del carry
+    assert made.alive() == 0
+
+
 def test_who_looks_at_values_is_not_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     def peek(self: object, batch: Batch, now: Progress) -> None:
         batch.tokens.max().item()
