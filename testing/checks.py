@@ -17,6 +17,7 @@ from tangram.core.registry import Entry
 from tangram.testing import laws
 from tangram.testing.contracts import CONTRACTS
 from tangram.testing.laws import Contract, Finding, Status
+from tangram.testing.ranks import prepare_ranks
 
 
 @frozen
@@ -93,6 +94,8 @@ def run_checks(
         if config is None and hasattr(entry.config, "example"):
             config = entry.config.example(Path(folder))
         contract = _contract(entry, config, profile, device, wanted, expected_failures or {})
+        if "ranks" in contract.capabilities():
+            prepare_ranks()  # while laws that do without them are tried
         findings = tuple(laws.examine(contract, law) for law in contract.laws())
     return Report(component, entry.origin, findings)
 

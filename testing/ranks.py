@@ -10,6 +10,8 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +26,20 @@ _T = TypeVar("_T")
 
 class RankError(Exception):
     """A rank raised, died, or did not answer in time; the message names it and holds its traceback."""
+
+
+def _spawning() -> ForkServerContext:
+    """Return what starts ranks: forked from a process that has imported what they need, in a tenth of a second each."""
+    context = get_context("forkserver")
+    imported_to_build_a_model = "torch.fx.experimental.symbolic_shapes"
+    context.set_forkserver_preload(["torch", "tangram.core.model", imported_to_build_a_model, __package__])
+    return context
+
+
+def prepare_ranks() -> None:
+    """Begin to start the process that ranks are forked from, so that the first of them wait less for its imports."""
+    _spawning()
+    ensure_running()
 
 
 def run_ranks(fn: Callable[..., _T], n: int, *args: object, timeout: float = 300.0) -> list[_T]:
@@ -41,10 +57,8 @@ def run_ranks(fn: Callable[..., _T], n: int, *args: object, timeout: float = 300
     Raises:
         RankError: The first error of a rank, with its traceback; or ranks did not answer in time.
     """
-    # Forked from a process that has imported what ranks need: a fifth of a second a rank instead of seconds. The third
-    # one is what torch imports when a model is built, an optimizer made or a gradient asked for; it takes the longest.
-    spawning, call = get_context("forkserver"), pickle.dumps((fn, args))
-    spawning.set_forkserver_preload(["torch", "tangram.core.model", "torch._dynamo", __package__])
+    call = pickle.dumps((fn, args))
+    spawning = _spawning()
     found: dict[int, _T]
     ranks: dict[Connection, tuple[int, BaseProcess]] = {}
     try:

@@ -1,6 +1,7 @@
 """AdamW (arXiv:1711.05101), with moments in float32 or, as DeepSeek-V3 keeps them, in bfloat16."""
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Literal, overload
@@ -118,7 +119,16 @@ class AdamWConfig:
         return AdamW(self, parameters)
 
 
-class AdamW(torch.optim.Optimizer):
+class Optimizer(torch.optim.Optimizer):
+    """torch's own, but for a wait: its wrapped methods import the compiler, for seconds, to keep it out of them."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(Optimizer):
     """Steps every weight by AdamW.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tangram.core.contracts import Shard
 from tangram.core.registry import component
-from tangram.plugins.training.adamw import check_betas, step_adamw
+from tangram.plugins.training.adamw import Optimizer, check_betas, step_adamw
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 that lift small singular values fastest and leave none far from 1."""
@@ -85,7 +85,7 @@ def orthogonalised(matrix: Tensor, steps: int) -> Tensor:
     return x.mT if matrix.shape[0] > matrix.shape[1] else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Steps matrices along their orthogonalised momentum, and all other weights as AdamW does.
 
     Args:

@@ -92,7 +92,7 @@ class DispatcherContract(Contract):
         x.requires_grad_()
         gates.requires_grad_()
         home = self._there_and_back(config, routing, x, gates)
-        of_x, of_gates = torch.autograd.grad(home, (x, gates), direction, allow_unused=True)
+        of_x, of_gates = torch.autograd.grad((home * direction).sum(), (x, gates), allow_unused=True)
         assert of_x is not None, "no gradient comes to the tokens"
         assert of_gates is not None, "no gradient comes to the gates"
         factors = self._factors(routing)[ids]
@@ -156,13 +156,14 @@ class DispatcherContract(Contract):
     )
     def ranks_do_what_one_does(self, config: Any) -> None:
         """Whatever tokens each rank has, experts are given and make of them what one rank gives all, in its order."""
-        spreads = self._spreads(config)
-        found = run_ranks(_together, self.ranks, self.ranks, [config], spreads)
-        for spread, parts in zip(spreads, zip(*found, strict=True), strict=True):
+        tries = [(config, case) for case in self._cases(config)]
+        found = run_ranks(_together, self.ranks, self.ranks, tries)
+        for (_, case), parts in zip(tries, zip(*found, strict=True), strict=True):
+            spread = _spread(case)
             x, gates, factors = (each.clone().requires_grad_() for each in (spread.x, spread.gates, spread.factors))
             rows = torch.cat([x[(spread.ids == expert).any(1)] for expert in range(len(factors))])
             home = x * (gates.unsqueeze(2) * factors[spread.ids]).sum(1)
-            grads = torch.autograd.grad(home, (x, gates, factors), spread.direction)
+            grads = torch.autograd.grad((home * spread.direction).sum(), (x, gates, factors))
             _Sent(rows.detach(), spread.counts, home.detach(), *grads).compare(_Sent.of(parts))
 
     @law(requires="wire", seed=seeds(), kills=[mutants.rounds_coarsely, mutants.shares_a_scale])
@@ -195,8 +196,8 @@ class DispatcherContract(Contract):
             rows = dispatcher.dispatch(x, ids)
             made = x.detach().clone().requires_grad_()
             home = dispatcher.combine(evolve(rows, rows=made), gates)
-            (of_x,) = torch.autograd.grad(rows.rows, x, direction)
-            (of_made,) = torch.autograd.grad(home, made, direction)
+            (of_x,) = torch.autograd.grad((rows.rows * direction).sum(), x)
+            (of_made,) = torch.autograd.grad((home * direction).sum(), made)
             dtype = self.dtype if wire == "compute" else torch.bfloat16
             assert torch.equal(home, made.to(dtype).to(self.dtype)), "outputs come home otherwise"
             assert torch.equal(of_x, direction.to(dtype).to(self.dtype)), "the gradient of rows comes home otherwise"
@@ -206,22 +207,23 @@ class DispatcherContract(Contract):
     @law(requires="wire", most=3, kills=[mutants.shares_a_scale])
     def ranks_round_as_one_does(self, config: Any) -> None:
         """Whatever the wire, several ranks give what one does; sums that go home in parts may be rounded for each."""
-        ranks = self.ranks if "ranks" in self.capabilities() else 1
-        spreads, wired = self._spreads(config), [_wired(config, wire) for wire in _WIRES[1:]]
-        alone = _together(0, 1, wired, spreads)
-        found = run_ranks(_together, ranks, ranks, wired, spreads)
+        ranks, cases = self.ranks if "ranks" in self.capabilities() else 1, self._cases(config)
+        # Each wire has every skew and every cut; all pairs of them are tried without rounding.
+        wires = (_wired(config, _WIRES[1 + (case.skew + case.cut) % 2]) for case in cases)
+        tries = list(zip(wires, cases, strict=True))
+        alone, found = _together(0, 1, tries), run_ranks(_together, ranks, ranks, tries)
         for expected, parts in zip(alone, zip(*found, strict=True), strict=True):
             expected.compare(_Sent.of(parts), summed=torch.bfloat16)
 
-    def _spreads(self, config: Any) -> list["_Spread"]:
+    def _cases(self, config: Any) -> list["_Case"]:
         """Return what ranks do in one go, as they take a while to start."""
         try:
             _make(config, _parallel(0, self.ranks), self.ranks)
         except ValueError:
             reject()
-        shares, choices = cycle((1, 3)), cycle((1, 2, None))
-        cases = zip(product(_SKEWS, _CUTS), shares, choices, count(step=10), strict=False)
-        return [_spread(self.ranks, *skewed, share, top_k, seed) for skewed, share, top_k, seed in cases]
+        pairs = product(range(len(_SKEWS)), range(len(_CUTS)))
+        drawn = zip(pairs, cycle((1, 3)), cycle((1, 2, None)), count(step=10), strict=False)
+        return [_Case(self.ranks, *pair, share, top_k, seed) for pair, share, top_k, seed in drawn]
 
     def _sent(self, routing: Routing, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens, ids and gates."""
@@ -278,6 +280,27 @@ _CUTS: tuple[Callable[[int, int, int], int], ...] = (
 """At which of n tokens a rank begins: all have as many; the first or the last has all; the last all but one each."""
 
 
+@frozen
+class _Case:
+    """What tokens of several ranks are drawn from, which is sent to the ranks in their place.
+
+    Attributes:
+        ranks: Ranks.
+        skew: Which of `_SKEWS`.
+        cut: Which of `_CUTS`.
+        share: Experts on each rank.
+        top_k: Experts of a token; None for all of them.
+        seed: Of all that is drawn.
+    """
+
+    ranks: int
+    skew: int
+    cut: int
+    share: int
+    top_k: int | None
+    seed: int
+
+
 @frozen(eq=False)
 class _Spread:
     """Tokens of several ranks.
@@ -308,17 +331,15 @@ class _Spread:
         return slice(*self.ends[layout.rank : layout.rank + 2]) if layout.ranks > 1 else slice(None)
 
 
-def _spread(
-    ranks: int, skew: float, cut: Callable[[int, int, int], int], share: int, top_k: int | None, seed: int
-) -> _Spread:
-    """Return tokens for so many experts on each rank; without `top_k` every token chooses all of them."""
-    n_experts, n = ranks * share, 7
-    k = min(n_experts, top_k or n_experts)
-    wanted = normal(n, n_experts, seed=seed) - skew * torch.arange(n_experts)
-    ends = [cut(rank, ranks, n) for rank in range(ranks + 1)]
+def _spread(case: _Case) -> _Spread:
+    """Return the tokens of a case."""
+    n_experts, n = case.ranks * case.share, 7
+    k = min(n_experts, case.top_k or n_experts)
+    wanted = normal(n, n_experts, seed=case.seed) - _SKEWS[case.skew] * torch.arange(n_experts)
+    ends = [_CUTS[case.cut](rank, case.ranks, n) for rank in range(case.ranks + 1)]
     ends[-1] = n
     shapes = ((n, _WIDTH), (n, k), (n_experts, _WIDTH), (n, _WIDTH))
-    drawn = (normal(*shape, seed=seed + number) for number, shape in enumerate(shapes, start=1))
+    drawn = (normal(*shape, seed=case.seed + number) for number, shape in enumerate(shapes, start=1))
     return _Spread(wanted.topk(k).indices, ends, *drawn)
 
 
@@ -352,10 +373,10 @@ class _Sent:
         assert_close(found.of_factors, self.of_factors, length=length, msg="the gradient of experts")
 
 
-def _together(rank: int, ranks: int, configs: Sequence[Any], spreads: Sequence[_Spread]) -> list[_Sent]:
-    """Send this rank's tokens of each spread by each config, and return what became of them."""
+def _together(rank: int, ranks: int, tries: Sequence[tuple[Any, _Case]]) -> list[_Sent]:
+    """Send this rank's tokens of each case by its config, and return what became of them."""
     parallel = _parallel(rank, ranks)
-    return [_there_and_back(config, parallel, spread) for config in configs for spread in spreads]
+    return [_there_and_back(config, parallel, _spread(case)) for config, case in tries]
 
 
 def _there_and_back(config: Any, parallel: Parallel, spread: _Spread) -> _Sent:
@@ -366,5 +387,6 @@ def _there_and_back(config: Any, parallel: Parallel, spread: _Spread) -> _Sent:
     rows = dispatcher.dispatch(x, spread.ids[mine])
     worked = rows.rows * factors.repeat_interleave(rows.counts, 0)
     home = dispatcher.combine(evolve(rows, rows=worked), gates)
-    grads = torch.autograd.grad(home, (x, gates, factors), spread.direction[mine], materialize_grads=True)
+    total = (home * spread.direction[mine]).sum()
+    grads = torch.autograd.grad(total, (x, gates, factors), materialize_grads=True)
     return _Sent(rows.rows.detach(), rows.counts, home.detach(), *grads)
