@@ -1,6 +1,8 @@
 """What every observer owes: a run that is watched is the same run, bit for bit; what it remembers survives a crash."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -12,7 +14,7 @@ from tangram.core import checkpoint
 from tangram.core.assembly import assemble
 from tangram.core.contracts import State, Stateful
 from tangram.core.plugins import run_manager
-from tangram.core.records import EvalReport
+from tangram.core.records import EvalReport, StepReport
 from tangram.core.session import RunView
 from tangram.core.step import Trainer, train_step
 from tangram.testing.laws import Contract, law
@@ -43,68 +45,89 @@ class ObserverContract(Contract):
     @law(kills=[mutants.moves_a_weight, mutants.draws_a_number])
     def a_run_that_is_watched_is_the_same_run(self, config: Any) -> None:
         """With it a run leaves the same weights, optimizer state and random numbers as without it, bit for bit."""
-        left = []
-        for observers in ({}, {"tried": self.make(config)}):
-            torch.manual_seed(0)
-            run = assemble(small_experiment())
-            _watch(observers, run, _STEPS)
-            left.append(_left_by(run))
-        assert left[0].keys() == left[1].keys(), "it adds to the run or takes away from it"
-        differing = [name for name, value in left[0].items() if not _equal(value, left[1][name])]
+        unwatched, process = _unwatched(), _process()
+        torch.manual_seed(0)
+        run = _run()
+        with _watched(self.make(config), run) as tell:
+            _take(run, _STEPS, tell)
+        watched = _left_by(run)
+        assert _process() == process, f"it leaves {_process()} for {process}"
+        assert unwatched.keys() == watched.keys(), "it adds to the run or takes away from it"
+        differing = [name for name, value in unwatched.items() if not _equal(value, watched[name])]
         assert not differing, f"with it {', '.join(differing[:3])} differ, {len(differing)} in all"
 
     @law(kills=[mutants.forgets_its_state])
     def resumed_it_remembers_what_it_saw(self, config: Any) -> None:
         """If it has state, a checkpoint brings it back: resumed in the midst of a run it ends in the same state."""
-        first = self.make(config)
-        if not isinstance(first, Stateful):
+        whole, first, second = (self.make(config) for _ in range(3))
+        if not (isinstance(whole, Stateful) and isinstance(first, Stateful) and isinstance(second, Stateful)):
             return
-        whole = _watch({"tried": self.make(config)}, assemble(small_experiment()), _STEPS)
-        run = assemble(small_experiment())
-        with TemporaryDirectory() as folder:
-            saved = checkpoint.save(Path(folder), 2, {"tried": _watch({"tried": first}, run, 2)}, {})
-            second = self.make(config)
-            assert isinstance(second, Stateful)
+        run = _run()
+        with TemporaryDirectory() as folder, _watched(whole, run) as tell_whole:
+            with _watched(first, run) as tell:
+                _take(run, _STEPS // 2, tell_whole, tell)
+                saved = checkpoint.save(Path(folder), run.progress.step, {"tried": first.state()}, {})
             second.load_state(checkpoint.read_file(saved, "tried"))
-        resumed = _watch({"tried": second}, run, _STEPS - 2)
-        assert resumed.keys() == whole.keys(), "resumed it has other state"
-        differing = [name for name, value in whole.items() if not _equal(value, resumed[name])]
-        assert not differing, f"resumed, {', '.join(differing[:3])} of its state differs"
+            with _watched(second, run) as tell:
+                _take(run, _STEPS - _STEPS // 2, tell_whole, tell)
+                expected, resumed = whole.state(), second.state()
+                assert resumed.keys() == expected.keys(), "resumed it has other state"
+                differing = [name for name, value in expected.items() if not _equal(value, resumed[name])]
+                assert not differing, f"resumed, {', '.join(differing[:3])} of its state differs"
 
 
-def _watch(observers: Mapping[str, object], run: Trainer, steps: int) -> State:
-    """Take steps of a run that is watched in all its moments; return the state of the observer, if it has any."""
-    hooks = run_manager(observers).hook
+def _run() -> Trainer:
+    """Return a run that begins."""
+    return assemble(small_experiment("train.micro_sequences=2"))
+
+
+def _take(run: Trainer, steps: int, *tell: Callable[[StepReport], None]) -> None:
+    """Take steps of a run, and tell those who watch of each."""
+    for _ in range(steps):
+        report = train_step(run, run.data.batch(run.progress, 2))
+        for each in tell:
+            each(report)
+
+
+@contextmanager
+def _watched(observer: object, run: Trainer) -> Iterator[Callable[[StepReport], None]]:
+    """Have a run watched in all its moments; yield what tells the observer of a step."""
+    hooks = run_manager({"tried": observer}).hook
     with TemporaryDirectory() as folder:
         view = RunView(run.experiment, Path(folder), run.progress, {}, 0)
-        hooks.tangram_run_started(run=view)
-        hooks.tangram_model_built(run=view, model=run.model)
-        for _ in range(steps):
-            report = train_step(run, run.data.batch(run.progress, 2))
+
+        def tell(report: StepReport) -> None:
             hooks.tangram_step_ended(run=view, report=report)
             losses = EvalReport(run.progress, report.result.losses, 2.0, 12, 12, complete=False)
             hooks.tangram_evaluated(run=view, report=losses)
             hooks.tangram_checkpoint_saved(run=view, path=Path(folder))
-        state: dict[str, Tensor | int | float | str] = {}
-        for observer in observers.values():
-            if isinstance(observer, Stateful):
-                held = observer.state().items()
-                state |= {key: value.clone() if isinstance(value, Tensor) else value for key, value in held}
+
+        hooks.tangram_run_started(run=view)
+        hooks.tangram_model_built(run=view, model=run.model)
+        yield tell
         hooks.tangram_run_ended(run=view, error=None)
-    return state
+
+
+@cache
+def _unwatched() -> State:
+    """Return what a run leaves that nobody watches."""
+    torch.manual_seed(0)
+    run = _run()
+    _take(run, _STEPS)
+    return _left_by(run)
 
 
 def _left_by(run: Trainer) -> State:
-    """Return all that a run leaves in the process, under flat names."""
+    """Return all that a run leaves, under flat names."""
     addresses = {parameter: address for address, parameter in run.model.named_parameters()}
-    process = {
-        "random numbers": torch.random.get_rng_state(),
-        "default dtype": str(torch.get_default_dtype()),
-        "threads": torch.get_num_threads(),
-        "gradients enabled": int(torch.is_grad_enabled()),
-        "progress": str(run.progress),
-    }
-    return {**run.model.state_dict(), **checkpoint.optimizer_state(run.optimizer, addresses), **process}
+    others = {"random numbers": torch.random.get_rng_state(), "progress": str(run.progress)}
+    return {**run.model.state_dict(), **checkpoint.optimizer_state(run.optimizer, addresses), **others}
+
+
+def _process() -> str:
+    """Return what a run finds in the process, and leaves as it was."""
+    gradients = "with" if torch.is_grad_enabled() else "without"
+    return f"{torch.get_default_dtype()}, {torch.get_num_threads()} threads, {gradients} gradients"
 
 
 def _equal(one: Tensor | float | str, other: Tensor | float | str) -> bool:
