@@ -1,12 +1,11 @@
 """What the pieces need from autograd: weight gradients that can wait, and values that can be computed again."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tangram.kernels import (
     grouped_matmul_forward,
@@ -174,6 +173,47 @@ class _Use(NamedTuple):
         return made.as_strided(self.size, self.stride, self.offset)
 
 
+class _EnoughError(Exception):
+    """A run has saved again all that the first one saved: what is left of it is not needed."""
+
+
+class _Again:
+    """What a run of many operations saves for backward, none of it kept: the first use runs it again.
+
+    As `torch.utils.checkpoint` does it, which imports torch's compiler: seconds of a process that compiles nothing.
+    """
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self._run = run
+        self._shapes: list[torch.Size] = []
+        self._made: dict[int, Tensor] = {}
+
+    def pack(self, tensor: Tensor) -> int:
+        self._shapes.append(tensor.shape)
+        return len(self._shapes) - 1
+
+    def unpack(self, number: int) -> Tensor:
+        if number not in self._made:
+            self._make()
+        return self._made.pop(number)
+
+    def _make(self) -> None:
+        made: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            made.append(tensor.detach())
+            if len(made) == len(self._shapes):
+                raise _EnoughError
+            return made[-1]
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with suppress(_EnoughError), torch.enable_grad(), hooks:
+            self._run()
+        if [tensor.shape for tensor in made] != self._shapes:
+            raise RuntimeError("run again in backward, operations save other tensors than at first")
+        self._made = dict(enumerate(made))
+
+
 class Recompute:
     """What is computed again in backward instead of being kept; gradients are bitwise those of plain autograd.
 
@@ -214,8 +254,16 @@ class Recompute:
             finally:
                 self._recipes = recipes
 
-        out: _T = checkpoint(alone, *args, use_reentrant=False, preserve_rng_state=False)
-        return out
+        needs = [isinstance(arg, Tensor) and arg.requires_grad for arg in args]
+        kept = [self._pack(arg) if isinstance(arg, Tensor) else arg for arg in args]
+
+        def from_kept() -> _T:
+            given = zip(kept, needs, strict=True)
+            return alone(*(_leaf(self._unpack(a), need) if isinstance(a, Tensor | _Use) else a for a, need in given))
+
+        again = _Again(from_kept)
+        with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+            return alone(*args)
 
     def remembers(self, tensor: Tensor) -> bool:
         """Return whether saving the tensor for backward would keep a recipe in its place."""
@@ -252,6 +300,10 @@ class Recompute:
     @staticmethod
     def _unpack(packed: Tensor | _Use) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed.of(packed.recipe.take())
+
+
+def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
+    return tensor.detach().requires_grad_(requires_grad)
 
 
 def _place(tensor: Tensor) -> int:

@@ -146,6 +146,32 @@ def test_a_whole_is_run_again_under_full_alone_and_what_it_was_made_of_is_freed(
     assert_close(x.grad, y.exp() * (y + 1) * x.detach().cos(), length=4)
 
 
+def test_a_whole_is_run_again_for_each_backward_and_no_further_than_what_it_saved() -> None:
+    runs: list[str] = []
+
+    def chain(t: Tensor) -> Tensor:
+        runs.append("sin")
+        y = t.sin()
+        runs.append("sum")
+        return y.sum()
+
+    recompute, x = Recompute("full"), _random(0, 4).requires_grad_()
+    with recompute.scope():
+        loss = recompute.whole(chain, x)
+    assert runs == ["sin", "sum"]
+    for _ in range(2):
+        assert torch.equal(*torch.autograd.grad(loss, x, retain_graph=True), x.detach().cos())
+    assert runs == ["sin", "sum", "sin", "sin"]
+
+
+def test_a_whole_that_saves_something_else_the_second_time_is_an_error() -> None:
+    recompute, x, lengths = Recompute("full"), _random(0, 4).requires_grad_(), [3, 4]
+    with recompute.scope():
+        loss = recompute.whole(lambda t: t[: lengths.pop()].sin().sum(), x)
+    with pytest.raises(RuntimeError, match="save other tensors than at first"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_outside_a_scope_and_without_gradients_nothing_is_remembered(policy: str) -> None:
     recompute, runs = Recompute(policy), []
