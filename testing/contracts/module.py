@@ -57,16 +57,18 @@ class ModuleContract(Contract):
         """`reset_parameters` of its modules sets every tensor, for models are built without memory first."""
         with torch.device("meta"):
             module = self.make(config)
-        module.to_empty(device=self.device)
-        with torch.no_grad():
-            for tensor in _tensors(module).values():
-                tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+        # As `to_empty` does it, which imports torch's symbolic shapes to make one tensor like another without memory.
+        module._apply(self._unset)
         for part in module.modules():
             if [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
                 assert callable(getattr(part, "reset_parameters", None)), f"{type(part).__name__} cannot be reset"
                 part.reset_parameters()
         left = [name for name, tensor in _tensors(module).items() if not bool(tensor.isfinite().all())]
         assert not left, f"reset_parameters leaves {', '.join(left)} as it was"
+
+    def _unset(self, bare: Tensor) -> Tensor:
+        value = float("nan") if bare.is_floating_point() else 0
+        return torch.full(bare.shape, value, dtype=bare.dtype, device=self.device)
 
     @law(seed=seeds(), kills=[mutants.keeps_a_tensor_to_itself])
     def its_state_makes_another_one_equal(self, config: object, seed: int) -> None:
