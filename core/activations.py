@@ -21,6 +21,10 @@ class UnpredictableError(Exception):
 class Made(TorchDispatchMode):
     """Counts what operations inside it make, without holding it: new storages, neither views nor what was there."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler, for a second, to keep this from being compiled
+
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}

@@ -121,6 +121,23 @@ class Cache(Protocol):
         ...
 
 
+@runtime_checkable
+class SteadyCache(Cache, Protocol):
+    """A cache from which a forward may be recorded and run again: the same operations while the sequences grow."""
+
+    def steady(self, count: int) -> bool:
+        """Return whether a forward that appends `count` tokens to each sequence is so, from now on."""
+        ...
+
+    def reserve(self, count: int) -> Tensor:
+        """Make room for `count` more tokens of each sequence; return the memory, one tensor as long as none moves."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """Count `count` more tokens of each sequence, which operations run again have just appended."""
+        ...
+
+
 class Attention(nn.Module, ABC):
     """Mixes information along a sequence: causally, and within one segment."""
 

@@ -5,7 +5,7 @@ those are kept up to the first that the trunk would not have chosen (arXiv:2412.
 distributed as without drafts (arXiv:2211.17192), and greedily it is the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from attrs import evolve, frozen
@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tangram.core.contracts import Cache, Tokenizer
 from tangram.core.lanes import side_by_side
 from tangram.core.model import Model
-from tangram.core.records import Batch, Carry, Phase, Progress
+from tangram.core.recorded import Recorded
+from tangram.core.records import Batch, Carry, Progress
 from tangram.core.sampling import Sampling
 from tangram.core.speculation import Drafts, Running, Tally, agreed, judged
 
@@ -67,11 +68,20 @@ class Decoder:
         self._room = length + (self._drafts.depth if self._drafts else 0)  # drafts stand behind the last token
         self.running: list[Running] = []
         self.tally = Tally()
-        self._trunk, self._modules = self._new_caches(0, self._room)
+        self._goes_on(*self._new_caches(0, self._room))
 
     def _new_caches(self, batch: int, length: int) -> tuple[list[Cache], list[Cache]]:
         trunk = [block.attention.new_cache(batch, length) for _, block in self.model.trunk()]
         return trunk, [] if self._drafts is None else self._drafts.new_caches(batch, length)
+
+    def _goes_on(self, trunk: list[Cache], modules: list[Cache]) -> None:
+        """Take these caches, of other sequences than before."""
+        self._trunk, self._modules = trunk, modules
+        # Ranks that share out experts must all go the same way, whatever the shapes of each.
+        alone = self.model.expert_ranks == 1
+        self._recorded = Recorded(self._whole, trunk if alone else [])
+        if self._drafts is not None:
+            self._drafts.goes_on(modules if alone else [])
 
     @property
     def cache_bytes(self) -> int:
@@ -103,11 +113,12 @@ class Decoder:
         if self._drafts is not None:
             self._drafts.draft(new, list(last[:, None]), caches[1])
         if first:
-            self._trunk, self._modules = caches
+            self._goes_on(*caches)
         else:
             for own, other in zip((*self._trunk, *self._modules), (*caches[0], *caches[1]), strict=True):
                 for row in range(len(new)):
                     own.admit(other.kept(row))
+            self._goes_on(self._trunk, self._modules)
         self.running += new
         return made
 
@@ -122,13 +133,13 @@ class Decoder:
         starts = [len(one.tokens) - 1 for one in self.running]
         rows = [one.tokens[-1:] + one.drafts for one in self.running]
         tokens = torch.tensor(rows, dtype=torch.int64, device=self._device).view(len(rows), -1 if rows else 1)
-        carry = Carry()
-        for phase in self._phases(tokens, starts, self._trunk):
-            yield phase.lane
-            carry = phase.fn(carry)
-        assert carry.trunk is not None
-        hidden = carry.trunk
-        made += self._chosen(self.running, self._logits(hidden))
+        positions = self._positions(starts, tokens.shape[1])
+        out = self._recorded.again(tokens, positions)
+        if out is None:
+            hidden = yield from self._phases(tokens, positions, self._trunk)
+            out = hidden, self._logits(hidden)
+        hidden, logits = out
+        made += self._chosen(self.running, logits)
         self._shorten(starts, made)
         if self._drafts is not None:
             newest = [hidden[row, : len(tokens)] for row, tokens in enumerate(made)]
@@ -147,8 +158,8 @@ class Decoder:
             return
         self.running = [self.running[row] for row in rows]
         chosen = torch.tensor(rows, dtype=torch.int64)
-        self._trunk = [cache.fork(chosen) for cache in self._trunk]
-        self._modules = [cache.fork(chosen) for cache in self._modules]
+        caches = [[cache.fork(chosen) for cache in own] for own in (self._trunk, self._modules)]
+        self._goes_on(*caches)
 
     @torch.inference_mode()
     def release(self, row: int) -> Packet:
@@ -172,28 +183,34 @@ class Decoder:
             raise ValueError("a sequence goes from one decoder to another only if both speculate, or neither")
         for cache, entries in zip(caches, (*packet.trunk, *packet.modules), strict=True):
             cache.admit(entries)
+        self._goes_on(self._trunk, self._modules)
         one.guesses = [guess.to(self._device) for guess in one.guesses]
         one.carried = {k: hidden.to(self._device) for k, hidden in one.carried.items()}
         self.running.append(one)
 
-    def _forward(self, tokens: Tensor, starts: Sequence[int], caches: Sequence[Cache]) -> Tensor:
-        """Return the trunk's residual stream [B, S, D] of tokens [B, S] that begin at these positions."""
+    def _phases(self, tokens: Tensor, positions: Tensor, trunk: Sequence[Cache]) -> Generator[str, None, Tensor]:
+        """Return the residual stream [B, S, D] of tokens [B, S] at positions [B, S]; before each phase, its lane."""
+        batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
         carry = Carry()
-        for phase in self._phases(tokens, starts, caches):
+        for phase in self.model.phases(0, batch, Progress(), trunk):
+            yield phase.lane
             carry = phase.fn(carry)
         assert carry.trunk is not None
         return carry.trunk
 
-    def _phases(self, tokens: Tensor, starts: Sequence[int], caches: Sequence[Cache]) -> list[Phase]:
-        """Return the trunk's phases for tokens [B, S] that begin at these positions."""
-        first = torch.tensor(starts, dtype=torch.int64, device=self._device)[:, None]
-        positions = first + torch.arange(tokens.shape[1], device=self._device)
-        batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
-        return self.model.phases(0, batch, Progress(), caches)
-
     def _logits(self, hidden: Tensor) -> Tensor:
         shared = self.model.shared
         return shared.head(shared.norm(hidden))
+
+    def _whole(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual stream [B, S, D] and the logits [B, S, V] of the next tokens [B, S] of all sequences."""
+        hidden = _done(self._phases(tokens, positions, self._trunk))
+        return hidden, self._logits(hidden)
+
+    def _positions(self, starts: Sequence[int], count: int) -> Tensor:
+        """Return the positions [B, count] of tokens that begin at these."""
+        first = torch.tensor(starts, dtype=torch.int64, device=self._device)[:, None]
+        return first + torch.arange(count, device=self._device)
 
     def _read(self, new: Sequence[Running], trunk: Sequence[Cache], modules: Sequence[Cache]) -> Tensor:
         """Put prompts through the trunk and the modules; return the residual stream [B, D] of their last tokens."""
@@ -202,7 +219,8 @@ class Decoder:
         last: list[Tensor | None] = [None] * len(new)
         for start in range(0, max(sizes), self.chunk):
             stop = min(start + self.chunk, max(sizes))
-            hidden = self._forward(padded[:, start:stop], [start] * len(new), trunk)
+            positions = self._positions([start] * len(new), stop - start)
+            hidden = _done(self._phases(padded[:, start:stop], positions, trunk))
             if min(sizes) < stop:
                 for cache in trunk:
                     cache.truncate(torch.tensor([min(size, stop) for size in sizes]))
@@ -229,6 +247,16 @@ class Decoder:
             one.tokens += tokens
             self.tally.count(len(one.drafts), len(tokens) - 1)
         return made
+
+
+def _done(phases: Generator[str, None, Tensor]) -> Tensor:
+    """Return what phases give, taken one after the other."""
+    while True:
+        try:
+            next(phases)
+        except StopIteration as end:
+            hidden: Tensor = end.value
+            return hidden
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ rests on drafts is forgotten again.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from attrs import define, field
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tangram.core.contracts import Cache, Drafter
 from tangram.core.model import Model
+from tangram.core.recorded import Recorded
 from tangram.core.sampling import Sampling, distribution, drawn, left_over, uniform
 
 
@@ -94,6 +96,16 @@ class Drafts:
     def __init__(self, model: Model) -> None:
         self._model, self._drafter = model, drafter_of(model)
         self._device = next(model.parameters()).device
+        self._recorded: dict[Cache, Recorded] = {}
+
+    def goes_on(self, caches: Sequence[Cache]) -> None:
+        """Take the caches of sequences that will be continued by drafts; none if that is not to be recorded."""
+        self._recorded = {
+            cache: Recorded(partial(self._by_module, k, cache), [cache]) for k, cache in enumerate(caches, 1)
+        }
+
+    def _by_module(self, k: int, cache: Cache, hidden: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor]:
+        return (self._drafter.draft(k, hidden, tokens, positions, cache, self._model.shared),)
 
     @property
     def depth(self) -> int:
@@ -135,15 +147,15 @@ class Drafts:
             return list(inputs)
         read = [torch.tensor(own[:width], dtype=torch.int64) for own, width in zip(tokens, widths, strict=True)]
         size = max(widths, default=1)
-        out = self._drafter.draft(
-            k,
+        given = (
             pad_sequence(list(inputs), batch_first=True) if inputs else self._nothing(size),
             pad_sequence(read, batch_first=True).to(self._device) if read else self._nothing(size)[..., 0].long(),
             torch.tensor(starts, dtype=torch.int64, device=self._device)[:, None]
             + torch.arange(size, device=self._device),
-            cache,
-            self._model.shared,
         )
+        recorded = self._recorded.get(cache)
+        made = None if recorded is None else recorded.again(*given)
+        (out,) = made or self._by_module(k, cache, *given)
         if min(widths, default=size) < size:
             cache.truncate(torch.tensor([start + width for start, width in zip(starts, widths, strict=True)]))
         return [out[row, :width] for row, width in enumerate(widths)]

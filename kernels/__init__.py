@@ -17,10 +17,11 @@ from tangram.kernels.grouped_matmul import (
     grouped_matmul_weight_grad,
 )
 from tangram.kernels.limited_product import limited_product
-from tangram.kernels.mla_decode import absorb, expand, mla_decode
+from tangram.kernels.mla_decode import absorb, append_entries, expand, mla_decode
 from tangram.kernels.permute import Order, order_by_expert, permute, unpermute
 from tangram.kernels.products import accumulator, native_bfloat16, product, product_dtype, product_transposed
 from tangram.kernels.quantize import Quantized, Scaling, dequantize, quantize_blocks, quantize_tiles
+from tangram.kernels.replay import Recording, record, records
 from tangram.kernels.rmsnorm import rmsnorm
 from tangram.kernels.rope import Yarn, frequencies, rope, rotate, rotation
 from tangram.kernels.routed import choose, weigh
@@ -30,11 +31,13 @@ __all__ = [
     "CrossEntropy",
     "Order",
     "Quantized",
+    "Recording",
     "Scaling",
     "Yarn",
     "absorb",
     "accumulator",
     "adamw_step",
+    "append_entries",
     "causal_attention",
     "choose",
     "dequantize",
@@ -64,6 +67,8 @@ __all__ = [
     "product_transposed",
     "quantize_blocks",
     "quantize_tiles",
+    "record",
+    "records",
     "rmsnorm",
     "rope",
     "rotate",

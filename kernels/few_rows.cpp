@@ -8,6 +8,8 @@ namespace {
 
 // Eight numbers that are worked at once: a vector register.
 constexpr int LANES = 8;
+// How many numbers before they are worked they are asked for.
+constexpr int AHEAD = 256;
 typedef float Lanes __attribute__((vector_size(32)));
 typedef float Half __attribute__((vector_size(16)));
 typedef int32_t Whole __attribute__((vector_size(32)));
@@ -27,16 +29,22 @@ inline float sum(Lanes x) {
     return (h[0][0] + h[0][2]) + (h[0][1] + h[0][3]);
 }
 
-// The products of one row with WIDE others: several at once, because each sum waits for the one before.
+// The products of one row, which is read once and from memory, with WIDE others: each is summed alike, whatever WIDE.
 template <int WIDE> inline void dots(const float *a, const float *const *b, int64_t n, float *out) {
-    Lanes sums[WIDE] = {};
+    Lanes sums[WIDE][4] = {};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        Lanes x = load(a + i);
-        for (int w = 0; w < WIDE; w++) sums[w] += x * load(b[w] + i);
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        __builtin_prefetch(a + i + AHEAD);
+        __builtin_prefetch(a + i + AHEAD + 2 * LANES);
+        for (int j = 0; j < 4; j++) {
+            Lanes x = load(a + i + j * LANES);
+            for (int w = 0; w < WIDE; w++) sums[w][j] += x * load(b[w] + i + j * LANES);
+        }
     }
+    for (; i + LANES <= n; i += LANES)
+        for (int w = 0; w < WIDE; w++) sums[w][0] += load(a + i) * load(b[w] + i);
     for (int w = 0; w < WIDE; w++) {
-        out[w] = sum(sums[w]);
+        out[w] = sum((sums[w][0] + sums[w][1]) + (sums[w][2] + sums[w][3]));
         for (int64_t j = i; j < n; j++) out[w] += a[j] * b[w][j];
     }
 }
@@ -84,14 +92,62 @@ void best_of(float *left, int64_t n, int64_t count, int64_t *places) {
 
 // Rows times a transposed matrix [outer, inner].
 void linear(const float *rows, const float *matrix, float *out, int64_t count, int64_t inner, int64_t outer) {
-    int64_t column = 0;
-    for (; column + 4 <= outer; column += 4) {
-        const float *m = matrix + column * inner, *four[4] = {m, m + inner, m + 2 * inner, m + 3 * inner};
-        for (int64_t row = 0; row < count; row++) dots<4>(rows + row * inner, four, inner, out + row * outer + column);
+    for (int64_t column = 0; column < outer; column++, matrix += inner) {
+        int64_t row = 0;
+        for (; row + 2 <= count; row += 2) {
+            const float *two[2] = {rows + row * inner, rows + (row + 1) * inner};
+            float products[2];
+            dots<2>(matrix, two, inner, products);
+            out[row * outer + column] = products[0];
+            out[(row + 1) * outer + column] = products[1];
+        }
+        for (; row < count; row++) out[row * outer + column] = dot(matrix, rows + row * inner, inner);
     }
-    for (; column < outer; column++)
-        for (int64_t row = 0; row < count; row++)
-            out[row * outer + column] = dot(rows + row * inner, matrix + column * inner, inner);
+}
+
+// The first `seen` of `room` scores become exp(score - the highest), the others 0; returns the sum.
+float shares_of(float *scores, int64_t seen, int64_t room) {
+    for (int64_t at = seen; at < room; at++) scores[at] = -INFINITY;
+    Lanes most = Lanes{} - INFINITY, sums = {};
+    for (int64_t at = 0; at < seen; at += LANES) {
+        Lanes x = load(scores + at);
+        most = x > most ? x : most;
+    }
+    float highest = most[0];
+    for (int i = 1; i < LANES; i++) highest = most[i] > highest ? most[i] : highest;
+    for (int64_t at = 0; at < room; at += LANES) {
+        Lanes less = load(scores + at) - highest, share = exp_of_negative(less);
+        share = at < seen ? (less < -87.0f ? Lanes{} : share) : Lanes{};
+        sums += share;
+        store(share, scores + at);
+    }
+    return seen ? sum(sums) : 1.0f;
+}
+
+// Means of the first `rank` numbers of entries, with the shares [WIDE, room] of as many queries, in registers.
+template <int WIDE, typename Entry>
+void means(const float *shares, const float *totals, Entry entry, float *out, int64_t length, int64_t room, int64_t rank) {
+    int64_t i = 0;
+    for (; i + 2 * LANES <= rank; i += 2 * LANES) {
+        Lanes sums[WIDE][2] = {};
+        for (int64_t at = 0; at < length; at++) {
+            const float *from = entry(at) + i;
+            Lanes first = load(from), second = load(from + LANES);
+            for (int w = 0; w < WIDE; w++) {
+                float share = shares[w * room + at];
+                sums[w][0] += share * first;
+                sums[w][1] += share * second;
+            }
+        }
+        for (int w = 0; w < WIDE; w++)
+            for (int j = 0; j < 2; j++) store(sums[w][j] / totals[w], out + w * rank + i + j * LANES);
+    }
+    for (; i < rank; i++)
+        for (int w = 0; w < WIDE; w++) {
+            float mean = 0.0f;
+            for (int64_t at = 0; at < length; at++) mean += shares[w * room + at] * entry(at)[i];
+            out[w * rank + i] = mean / totals[w];
+        }
 }
 
 } // namespace
@@ -168,12 +224,25 @@ void expand(const float *means, const float *weight, float *out, int64_t tokens,
             linear(means, weight + head * head_stride, out, 1, rank, value);
 }
 
+// Values of new tokens into the blocks that the table names for their places, and their number onto the lengths.
+void append_entries(const float *values, float *blocks, const int32_t *table, int64_t *lengths, int64_t batch, int64_t tokens,
+                    int64_t width, int64_t size, int64_t most) {
+    for (int64_t row = 0; row < batch; row++, lengths++) {
+        for (int64_t token = 0; token < tokens; token++, values += width) {
+            int64_t at = *lengths + token;
+            float *entry = blocks + (int64_t(table[row * most + at / size]) * size + at % size) * width;
+            std::memcpy(entry, values, sizeof(float) * size_t(width));
+        }
+        *lengths += tokens;
+    }
+}
+
 void mla_decode(const float *q, const float *blocks, const int32_t *table, const int64_t *lengths, float *out,
                 int64_t batch, int64_t tokens, int64_t heads, int64_t width, int64_t rank, int64_t size,
                 int64_t most, float scale) {
     int64_t queries = tokens * heads, shift = 0;
     while ((int64_t(1) << shift) < size) shift++;
-    std::vector<float> shares;
+    std::vector<float> shares, totals(static_cast<size_t>(queries));
     for (int64_t row = 0; row < batch; row++, q += queries * width, out += queries * rank, table += most) {
         int64_t length = lengths[row];
         auto entry = [&](int64_t at) { // the size of a block is a power of two
@@ -183,55 +252,44 @@ void mla_decode(const float *q, const float *blocks, const int32_t *table, const
         shares.resize(size_t(queries * room));
         for (int64_t at = 0; at < length; at++) {
             int64_t query = 0;
-            for (; query + 4 <= queries; query += 4) {
-                const float *own = q + query * width, *four[4] = {own, own + width, own + 2 * width, own + 3 * width};
-                float scores[4];
-                dots<4>(entry(at), four, width, scores);
-                for (int i = 0; i < 4; i++) shares[(query + i) * room + at] = scale * scores[i];
+            for (; query + 2 <= queries; query += 2) {
+                const float *two[2] = {q + query * width, q + (query + 1) * width};
+                float scores[2];
+                dots<2>(entry(at), two, width, scores);
+                for (int i = 0; i < 2; i++) shares[(query + i) * room + at] = scale * scores[i];
             }
-            for (; query < queries; query++) shares[query * room + at] = scale * dot(q + query * width, entry(at), width);
+            for (; query < queries; query++) shares[query * room + at] = scale * dot(entry(at), q + query * width, width);
         }
-        std::memset(out, 0, sizeof(float) * size_t(queries * rank));
         for (int64_t query = 0; query < queries; query++) {
-            float *own = shares.data() + query * room, *mean = out + query * rank, highest = -INFINITY;
             int64_t seen = length - tokens + query / heads + 1; // a token sees the entries up to its own
-            seen = seen < 0 ? 0 : seen;
-            for (int64_t at = 0; at < seen; at++) highest = own[at] > highest ? own[at] : highest;
-            for (int64_t at = seen; at < room; at++) own[at] = -INFINITY;
-            Lanes sums = {};
-            for (int64_t at = 0; at < seen; at += LANES) {
-                Lanes less = load(own + at) - highest, share = exp_of_negative(less);
-                share = less < -87.0f ? Lanes{} : share;
-                sums += share;
-                store(share, own + at);
-            }
-            float total = seen ? sum(sums) : 1.0f;
-            int64_t i = 0;
-            for (; i + 4 * LANES <= rank; i += 4 * LANES) { // in registers, whatever the length
-                Lanes four[4] = {};
-                for (int64_t at = 0; at < seen; at++) {
-                    const float *from = entry(at) + i;
-                    for (int j = 0; j < 4; j++) four[j] += own[at] * load(from + j * LANES);
-                }
-                for (int j = 0; j < 4; j++) store(four[j] / total, mean + i + j * LANES);
-            }
-            for (; i < rank; i++) {
-                for (int64_t at = 0; at < seen; at++) mean[i] += own[at] * entry(at)[i];
-                mean[i] /= total;
-            }
+            totals[size_t(query)] = shares_of(shares.data() + query * room, seen < 0 ? 0 : seen, room);
         }
+        int64_t query = 0;
+        for (; query + 4 <= queries; query += 4)
+            means<4>(shares.data() + query * room, totals.data() + query, entry, out + query * rank, length, room, rank);
+        for (; query < queries; query++)
+            means<1>(shares.data() + query * room, totals.data() + query, entry, out + query * rank, length, room, rank);
     }
 }
 
-// Every expert's rows times its transposed matrix.
-void grouped_matmul(const float *rows, const float *weight, const int64_t *counts, float *out, int64_t experts,
-                    int64_t inner, int64_t outer) {
+// Rows times a transposed matrix [outer, inner].
+void product_transposed(const float *rows, const float *matrix, float *out, int64_t count, int64_t inner,
+                        int64_t outer) {
+    linear(rows, matrix, out, count, inner, outer);
+}
+
+// Every expert's rows times its transposed matrix; whether the counts fit.
+int64_t grouped_matmul(const float *rows, const float *weight, const int64_t *counts, float *out, int64_t experts,
+                       int64_t inner, int64_t outer, int64_t length) {
+    for (int64_t expert = 0; expert < experts; expert++) length -= counts[expert];
+    if (length) return 0;
     for (int64_t expert = 0; expert < experts; expert++) {
         int64_t count = counts[expert];
         linear(rows, weight + expert * outer * inner, out, count, inner, count ? outer : 0);
         rows += count * inner;
         out += count * outer;
     }
+    return 1;
 }
 
 void order_by_expert(const int64_t *ids, int64_t *index, int64_t *inverse, int64_t *counts, int64_t *slots,

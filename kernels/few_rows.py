@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tangram.kernels.backend import chosen
 from tangram.kernels.compiled import library
+from tangram.kernels.replay import call
 
 MOST = 64
 """Rows from which plain torch is taken: then its products are the faster ones."""
@@ -27,8 +28,10 @@ _ARGUMENTS = {
     "rotation": [_PLACE] * 4 + [_COUNT] * 2,
     "absorb": [_PLACE] * 3 + [_COUNT] * 6,
     "expand": [_PLACE] * 3 + [_COUNT] * 5,
+    "append_entries": [_PLACE] * 4 + [_COUNT] * 5,
     "mla_decode": [_PLACE] * 5 + [_COUNT] * 7 + [_NUMBER],
-    "grouped_matmul": [_PLACE] * 4 + [_COUNT] * 3,
+    "product_transposed": [_PLACE] * 3 + [_COUNT] * 3,
+    "grouped_matmul": [_PLACE] * 4 + [_COUNT] * 4,
     "order_by_expert": [_PLACE] * 5 + [_COUNT] * 3,
     "choose": [_PLACE] * 2 + [_COUNT] * 5,
     "weigh": [_PLACE] * 6 + [_COUNT] * 5 + [_NUMBER],
@@ -38,11 +41,11 @@ _ARGUMENTS = {
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = library(_SOURCE)
+    found = library(_SOURCE, "-ffp-contract=fast")
     if found is not None:
         for name, arguments in _ARGUMENTS.items():
             getattr(found, name).argtypes = arguments
-            getattr(found, name).restype = None
+            getattr(found, name).restype = _COUNT if name == "grouped_matmul" else None
     return found
 
 
@@ -119,6 +122,12 @@ def expand(means: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def append_entries(values: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor) -> None:
+    """Do what `kernels.append_entries` does."""
+    values, table = values.contiguous(), table.int().contiguous()
+    _call("append_entries", values, blocks, table, lengths, *values.shape, blocks.shape[1], table.shape[1])
+
+
 def mla_decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale: float, kv_rank: int) -> Tensor:
     """Return what `kernels.mla_decode` does."""
     q, table, lengths = q.contiguous(), table.int().contiguous(), lengths.long().contiguous()
@@ -127,12 +136,26 @@ def mla_decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale:
     return out
 
 
+def product_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """Return what `kernels.product_transposed` does."""
+    x, weight = x.contiguous(), weight.contiguous()
+    outer, inner = weight.shape
+    out = torch.empty(*x.shape[:-1], outer)
+    _call("product_transposed", x, weight, out, x.numel() // max(inner, 1), inner, outer)
+    return out
+
+
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Return what `kernels.grouped_matmul_forward` does."""
+    """Return what `kernels.grouped_matmul_forward` does.
+
+    Raises:
+        ValueError: The counts do not sum to the rows.
+    """
     rows, weight, counts = rows.contiguous(), weight.contiguous(), counts.long().contiguous()
     experts, outer, inner = weight.shape
     out = torch.empty(len(rows), outer)
-    _call("grouped_matmul", rows, weight, counts, out, experts, inner, outer)
+    if not _call("grouped_matmul", rows, weight, counts, out, experts, inner, outer, len(rows)):
+        raise ValueError(f"counts sum to {int(counts.sum())}, but there are {len(rows)} rows")
     return out
 
 
@@ -173,7 +196,7 @@ def unpermute(rows: Tensor, gates: Tensor, inverse: Tensor) -> Tensor:
     return out
 
 
-def _call(name: str, *arguments: Tensor | float) -> None:
+def _call(name: str, *arguments: Tensor | float) -> object:
     found = _library()
     assert found is not None
-    getattr(found, name)(*(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments))
+    return call(getattr(found, name), *arguments)

@@ -55,7 +55,7 @@ def grouped_matmul_forward(rows: Tensor, weight: Tensor, counts: Tensor) -> Tens
     if takes_kernel(rows):
         return torch.ops.tangram.grouped_matmul(rows, weight, counts)
     if few_rows.takes(rows, len(rows)):
-        _check_rows(rows, weight.mT, counts)
+        _check_shapes(rows, weight.mT, counts)
         return few_rows.grouped_matmul(rows, weight, counts)
     return _rows_product(rows, weight.contiguous().transpose(1, 2), counts)
 
@@ -140,8 +140,12 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def _check_rows(rows: Tensor, matrices: Tensor, counts: Tensor) -> None:
-    _check_dtypes(rows, matrices)
+    _check_shapes(rows, matrices, counts)
     check_counts(counts, len(rows))
+
+
+def _check_shapes(rows: Tensor, matrices: Tensor, counts: Tensor) -> None:
+    _check_dtypes(rows, matrices)
     if len(counts) != len(matrices):
         raise ValueError(f"counts are for {len(counts)} experts, but the weight has {len(matrices)}")
     if rows.shape[1] != matrices.shape[1]:

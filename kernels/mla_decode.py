@@ -70,6 +70,25 @@ def mla_decode(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale:
         return _decode(q, blocks, table, lengths, scale, kv_rank)
 
 
+def append_entries(values: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor) -> None:
+    """Write the entries of new tokens behind those that each sequence has, and count them.
+
+    Args:
+        values: Entries [B, S, W].
+        blocks: Contiguous [blocks, T, W], in the dtype of `values`.
+        table: The blocks of each sequence in order, with room for what comes, int32 [B, N].
+        lengths: How many entries a sequence has, contiguous int64 [B]; S more afterwards.
+    """
+    if few_rows.takes(values, values.shape[0] * values.shape[1], blocks):
+        few_rows.append_entries(values, blocks, table, lengths)
+        return
+    size = blocks.shape[1]
+    places = lengths[:, None] + torch.arange(values.shape[1], device=values.device)
+    rows = table.gather(1, places // size) * size + places % size
+    blocks.flatten(0, 1).index_copy_(0, rows.flatten(), values.flatten(0, 1))
+    lengths.add_(values.shape[1])
+
+
 def absorb(q: Tensor, weight: Tensor) -> Tensor:
     """Return queries that attend to latents, [B, S, H, C + R]: with W_k multiplied into their part without position.
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tangram.kernels import few_rows
+
 
 @cache
 def native_bfloat16() -> bool:
@@ -44,6 +46,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def product_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [..., I] times weight [O, I] transposed, in the dtype of `x`."""
     dtype = product_dtype(x)
+    if few_rows.takes(x, x.shape[:-1].numel(), weight):
+        return few_rows.product_transposed(x, weight)
     if x.dtype is dtype is weight.dtype:
         return F.linear(x, weight)
     return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)

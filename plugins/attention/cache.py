@@ -6,10 +6,12 @@ side by side and are read where they are.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from tangram.kernels import append_entries
 
 BLOCK = 64
 """Tokens of a block."""
@@ -55,17 +57,33 @@ def _release_all(pool: _Pool, rows: list[list[int]]) -> None:
 class TokenCache:
     """Keeps `width` values for each token of B sequences."""
 
-    def __init__(self, pool: _Pool, limit: int, rows: list[list[int]], counts: list[int]) -> None:
-        self._pool, self._limit = pool, limit
+    def __init__(
+        self, pool: _Pool, limit: int, rows: list[list[int]], counts: list[int], steady: Callable[[int, int], bool]
+    ) -> None:
+        self._pool, self._limit, self._steady = pool, limit, steady
         self._rows, self._counts = rows, counts  # of each sequence its blocks, and its tokens
-        self._table: Tensor | None = None
+        device, most = pool.entries.device, -(-limit // BLOCK)
+        table = [blocks + [0] * (most - len(blocks)) for blocks in rows]
+        self._table = torch.tensor(table, dtype=torch.int32, device=device).view(len(rows), most)
+        self._ends = torch.tensor(counts, dtype=torch.int64, device=device)
         weakref.finalize(self, _release_all, pool, rows)
 
     @classmethod
-    def empty(cls, batch: int, length: int, width: int, like: Tensor, dtype: torch.dtype) -> "TokenCache":
-        """Return an empty cache for `batch` sequences of at most `length` tokens, on the device of `like`."""
+    def empty(
+        cls,
+        batch: int,
+        length: int,
+        width: int,
+        like: Tensor,
+        dtype: torch.dtype,
+        steady: Callable[[int, int], bool] = lambda count, before: False,
+    ) -> "TokenCache":
+        """Return an empty cache for `batch` sequences of at most `length` tokens, on the device of `like`.
+
+        `steady` says whether a forward of `count` tokens after `before` others may be recorded.
+        """
         pool = _Pool(batch * -(-length // BLOCK), width, dtype, like.device)
-        return cls(pool, length, [[] for _ in range(batch)], [0] * batch)
+        return cls(pool, length, [[] for _ in range(batch)], [0] * batch, steady)
 
     @property
     def lengths(self) -> Tensor:
@@ -89,12 +107,36 @@ class TokenCache:
 
     @property
     def table(self) -> Tensor:
-        """Which blocks hold a sequence, in order, int32 [B, most blocks of a sequence]; behind the last one zeros."""
-        if self._table is None:
-            most = max(map(len, self._rows), default=0)
-            rows = [blocks + [0] * (most - len(blocks)) for blocks in self._rows]
-            self._table = torch.tensor(rows, dtype=torch.int32, device=self._pool.entries.device).view(len(rows), most)
+        """Which blocks hold a sequence, in order, int32 [B, most blocks of a sequence]; it changes with the cache."""
         return self._table
+
+    @property
+    def ends(self) -> Tensor:
+        """Tokens kept of each sequence, int64 [B]; unlike `lengths` it changes with the cache."""
+        return self._ends
+
+    def steady(self, count: int) -> bool:
+        """Return whether a forward of `count` more tokens of each sequence may be recorded."""
+        return bool(self._counts) and self._steady(count, self.longest)
+
+    def reserve(self, count: int) -> Tensor:
+        """Make room for `count` more tokens of each sequence; return the memory in which all tokens are.
+
+        As long as that is the same tensor, `store` of so many tokens is the same operations.
+
+        Raises:
+            ValueError: A sequence outgrows the cache, which then stays as it was.
+        """
+        needed = self.longest + count
+        if needed > self._limit:
+            raise ValueError(f"the cache holds {self._limit} tokens and {needed} are needed")
+        for row in range(len(self._rows)):
+            self._make_room(row, count)
+        return self._pool.entries
+
+    def advance(self, count: int) -> None:
+        """Count `count` more tokens of each sequence, which operations of an earlier `store` have written again."""
+        self._counts = [before + count for before in self._counts]
 
     def store(self, values: Tensor) -> None:
         """Append values [B, S, width].
@@ -103,11 +145,8 @@ class TokenCache:
             ValueError: A sequence outgrows the cache, which then stays as it was.
         """
         count = values.shape[1]
-        needed = self.longest + count
-        if needed > self._limit:
-            raise ValueError(f"the cache holds {self._limit} tokens and {needed} are needed")
-        for row, value in enumerate(values):
-            self._write(row, value)
+        append_entries(values, self.reserve(count), self._table, self._ends)
+        self.advance(count)
 
     def append(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append values [B, S, width]; return all entries [B, L, width] and which of them each query sees.
@@ -137,12 +176,12 @@ class TokenCache:
         if any(not 0 <= new <= old for new, old in zip(wanted, self._counts, strict=True)):
             raise ValueError(f"cannot truncate {self._counts} tokens to {wanted}")
         self._counts = wanted
+        self._ends.copy_(lengths)
         for blocks, count in zip(self._rows, wanted, strict=True):
             kept = -(-count // BLOCK)
             if kept < len(blocks):
                 self._pool.release(blocks[kept:])
                 del blocks[kept:]
-                self._table = None
 
     def fork(self, rows: Tensor) -> "TokenCache":
         """Return a cache whose sequence i continues sequence `rows[i]` of this one, in the same blocks."""
@@ -150,7 +189,7 @@ class TokenCache:
         shared = [list(self._rows[row]) for row in wanted]
         for blocks in shared:
             self._pool.hold(blocks)
-        return TokenCache(self._pool, self._limit, shared, [self._counts[row] for row in wanted])
+        return TokenCache(self._pool, self._limit, shared, [self._counts[row] for row in wanted], self._steady)
 
     def kept(self, row: int) -> Tensor:
         """Return what is kept of a sequence, [T, width]."""
@@ -164,36 +203,32 @@ class TokenCache:
         """
         if len(entries) > self._limit:
             raise ValueError(f"the cache holds {self._limit} tokens and {len(entries)} are needed")
+        row, count = len(self._rows), len(entries)
         self._rows.append([])
         self._counts.append(0)
-        self._table = None
-        self._write(len(self._rows) - 1, entries)
+        self._table = torch.cat([self._table, self._table.new_zeros(1, self._table.shape[1])])
+        self._ends = torch.cat([self._ends, self._ends.new_zeros(1)])
+        self._make_room(row, count)
+        append_entries(entries[None], self._pool.entries, self._table[row:], self._ends[row:])
+        self._counts[row] = count
 
-    def _write(self, row: int, values: Tensor) -> None:
-        """Append values [S, width] to a sequence."""
+    def _make_room(self, row: int, count: int) -> None:
+        """See to it that the next `count` tokens of a sequence have blocks that no other one reads."""
         blocks, at = self._rows[row], self._counts[row]
-        stop = at + len(values)
-        if len(values) and at % BLOCK and self._pool.holders[blocks[-1]] > 1:
-            shared = blocks[-1]
-            blocks[-1] = self._pool.take(shared + 1)
-            self._pool.entries[blocks[-1]] = self._pool.entries[shared]
-            self._pool.release([shared])
-            self._table = None
-        while len(blocks) * BLOCK < stop:
+        changed = False
+        for place in range(at // BLOCK, len(blocks)):
+            shared = blocks[place]
+            if self._pool.holders[shared] > 1:
+                blocks[place] = self._pool.take(shared + 1)
+                self._pool.entries[blocks[place]] = self._pool.entries[shared]
+                self._pool.release([shared])
+                changed = True
+        while len(blocks) * BLOCK < at + count:
             first = row * -(-self._limit // BLOCK)  # each sequence begins where there is room behind it
             blocks.append(self._pool.take(blocks[-1] + 1 if blocks else first))
-            self._table = None
-        flat, done = self._pool.entries.flatten(0, 1), 0
-        while done < len(values):
-            place = (at + done) // BLOCK
-            last = place
-            while last + 1 < len(blocks) and blocks[last + 1] == blocks[last] + 1:
-                last += 1
-            start = blocks[place] * BLOCK + (at + done) % BLOCK
-            size = min((blocks[last] + 1) * BLOCK - start, len(values) - done)
-            flat[start : start + size] = values[done : done + size]
-            done += size
-        self._counts[row] = stop
+            changed = True
+        if changed:
+            self._table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
     def _entries(self, row: int, length: int) -> Tensor:
         """Return `length` entries from the beginning of a sequence, [length, width]; behind its last one anything."""

@@ -121,7 +121,8 @@ class MLA(Attention):
         else:
             assert isinstance(cache, TokenCache)
             entries = torch.cat([latent, shared_key], -1)
-            if self._absorbs(q, cache):
+            differentiated = torch.is_grad_enabled() and q.requires_grad
+            if not differentiated and self._absorbs(q.shape[1], cache.longest):
                 out = self._absorbed(q, entries, cache)
             elif cache.longest:
                 out = self._expanded(q, entries, cache)
@@ -130,12 +131,9 @@ class MLA(Attention):
                 out = causal_attention(q, *self._keys_and_values(latent, shared_key), self.scale, segments)
         return self.out(out.flatten(2))  # type: ignore[no-any-return]
 
-    def _absorbs(self, q: Tensor, cache: TokenCache) -> bool:
-        """Return whether the absorbed way takes fewer operations, and no gradient is asked for."""
-        if torch.is_grad_enabled() and q.requires_grad:
-            return False
-        c, tokens = self.config, q.shape[1]
-        length = cache.longest + tokens
+    def _absorbs(self, tokens: int, before: int) -> bool:
+        """Return whether, after so many others, the absorbed way takes fewer operations; then it does after more."""
+        c, length = self.config, before + tokens
         absorbed = tokens * (length * (2 * c.kv_rank + c.rope_dim) + c.kv_rank * (c.nope_dim + c.value_dim))
         head = c.nope_dim + c.value_dim
         return absorbed < length * c.kv_rank * head + tokens * length * (head + c.rope_dim)
@@ -151,7 +149,7 @@ class MLA(Attention):
         weight = self.kv_up.get_parameter("weight").to(q.dtype)
         w_k, w_v = weight.view(c.n_heads, -1, c.kv_rank).split([c.nope_dim, c.value_dim], 1)  # [H, nope | value, C]
         # W^UK multiplied into the query instead of the latents, and W^UV into their mean (section 2.1.1).
-        means = mla_decode(absorb(q, w_k), cache.blocks, cache.table, cache.lengths, self.scale, c.kv_rank)
+        means = mla_decode(absorb(q, w_k), cache.blocks, cache.table, cache.ends, self.scale, c.kv_rank)
         return expand(means, w_v)
 
     def _query_input(self, x: Tensor) -> Tensor:
@@ -176,7 +174,9 @@ class MLA(Attention):
 
     def new_cache(self, batch: int, length: int) -> TokenCache:
         """Return an empty cache for `batch` sequences of at most `length` tokens."""
-        return TokenCache.empty(batch, length, self.cache_width, self.kv_norm.weight, self.compute)
+        return TokenCache.empty(
+            batch, length, self.cache_width, self.kv_norm.weight, self.compute, steady=self._absorbs
+        )
 
     def core_flops(self, context: int) -> int:
         """Return the operations of scores and weighted values for one token that sees `context` others."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tangram.core.context import Context
 from tangram.core.layers import normal_
 from tangram.core.records import RouterStats, Routing
-from tangram.kernels import weigh
+from tangram.kernels import product_transposed, weigh
 
 Score = Literal["sigmoid", "softmax"]
 
@@ -28,7 +28,7 @@ class Centroids(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the affinities [B, S, E] of x [B, S, D], computed in float32 or better (equation 15)."""
-        logits = nn.functional.linear(x.to(self.weight.dtype), self.weight)
+        logits = product_transposed(x.to(self.weight.dtype), self.weight)
         return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
 
 
