@@ -15,9 +15,9 @@ from team_at_work import Taken
 
 from tangram.testing import assert_same_gradients, run_ranks
 
-SEQUENCES = 16
-BATCH = f"train.batch_sequences={SEQUENCES}"
-LENGTH = SEQUENCES * 12 * 16
+BATCH = "train.batch_sequences=8"  # the fewest of two flows through four ranks
+MANY = "train.batch_sequences=16"  # through eight
+LENGTH = 16 * 12 * 16
 
 
 def on(pipeline: str, ranks: int, *overrides: str) -> tuple[str, ...]:
@@ -64,13 +64,13 @@ def test_two_ranks():
     assert_all(2, cases)
 
 
-SOME = "train.batch_sequences=8"
+FEW = "train.batch_sequences=4"
 FSDP = "parallel.sharding={use: fsdp}"
 
 
 def test_two_ranks_that_keep_rows():
     """Weight gradients come late, and forward and backward are worked side by side."""
-    assert_all(2, {name: on(name, 1, FSDP) for name in ("zero_bubble", "dualpipev")}, "model.recompute=selective", SOME)
+    assert_all(2, {name: on(name, 1, FSDP) for name in ("zero_bubble", "dualpipev")}, "model.recompute=selective", FEW)
 
 
 def test_four_ranks_and_recomputation():
@@ -96,12 +96,12 @@ def test_four_ranks_of_the_v():
 def test_eight_ranks_of_two_flows():
     zero1 = "parallel={expert_ranks: 2, sharding: {use: zero1}}"
     cases = {"dualpipe": on("dualpipe", 8), "experts": on("dualpipe", 4, zero1, ALL_TO_ALL)}
-    assert_all(8, cases, deep(8), "model.recompute=selective")
+    assert_all(8, cases, deep(8), "model.recompute=selective", MANY)
 
 
 @pytest.mark.soak
 def test_eight_ranks_of_the_v():
-    assert_all(8, {"dualpipev": on("dualpipev", 8)}, deep(16))
+    assert_all(8, {"dualpipev": on("dualpipev", 8)}, deep(16), MANY)
 
 
 ALL_TO_ALL = "model.block.feedforward.dispatcher={use: all_to_all}"
@@ -121,7 +121,7 @@ def test_four_ranks_that_share_out_experts():
 
 def test_four_ranks_that_keep_rows():
     experts = on("dualpipe", 2, FSDP, "parallel.expert_ranks=2", ALL_TO_ALL)
-    assert_all(4, {"data": (BATCH, FSDP), "experts, between two flows": experts}, "model.recompute=full", SOME)
+    assert_all(4, {"data": (BATCH, FSDP), "experts, between two flows": experts}, "model.recompute=full")
 
 
 def test_products_in_fp8_round_alike_wherever_a_micro_batch_is():
@@ -133,9 +133,6 @@ def test_products_in_fp8_round_alike_wherever_a_micro_batch_is():
         assert taken[0].losses == {loss: pytest.approx(value, rel=1e-6) for loss, value in one.losses.items()}, name
         assert torch.equal(taken[0].load, one.load)
         assert_same_gradients(taken[0].gradients, one.gradients, length=LENGTH)
-
-
-FEW = "train.batch_sequences=4"
 
 
 def test_rows_are_put_together_before_fp8_rounds_their_blocks():
