@@ -15,7 +15,7 @@ from whole_runs import trained, write_preset
 
 from tangram.core import checkpoint, load_run
 from tangram.core.checkpoint import CheckpointError
-from tangram.core.pages import write_report
+from tangram.core.reports import read_run
 from tangram.core.run import train
 
 SAVING = ("train.tokens=288", "train.checkpoint_every=2", "train.keep_last=3")  # steps 2, 4 and 6
@@ -126,7 +126,7 @@ def test_a_pickle_in_the_place_of_any_file_executes_nothing(run: Path, tmp_path:
         if place.parent.name == "step-6" and place.name != checkpoint.MANIFEST:
             (place.parent / checkpoint.MANIFEST).unlink()
             checkpoint.seal(place.parent, 6)  # as whoever put it there would
-        for use in (lambda path: load_run(path, averaged=True), write_report, resumed):
+        for use in (lambda path: load_run(path, averaged=True), read_run, resumed):  # a report reads nothing else
             with suppress(Exception):  # any refusal will do
                 use(run)
             assert not sprung.exists(), f"{place} was executed"

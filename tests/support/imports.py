@@ -15,7 +15,10 @@ def imported_twice(modules: Mapping[str, ModuleType], root: Path) -> list[str]:
     copies: defaultdict[Path, dict[int, str]] = defaultdict(dict)
     for name, module in list(modules.items()):
         file = getattr(module, "__file__", None)
-        if file is not None and any((path := Path(file).resolve()).is_relative_to(folder) for folder in folders):
+        if file is None:
+            continue
+        path = Path(file).resolve()
+        if any(path.is_relative_to(folder) for folder in folders):
             copies[path].setdefault(id(module), name)
     lines = [
         f"{path.relative_to(root.resolve())} is imported as {' and as '.join(sorted(names.values()))}"
