@@ -151,8 +151,8 @@ def mutant(seed: int) -> bytes:
     return text
 
 
-IN_CI, IN_ALL, CHUNK = 600, 10_000, 200
-PROCESSES_IN_CI, PROCESSES_IN_ALL = 10, 200
+IN_CI, IN_ALL, CHUNK = 400, 10_000, 200
+PROCESSES_IN_CI, PROCESSES_IN_ALL = 6, 200
 
 
 def placed(problem: Problem, files: set[str]) -> bool:
