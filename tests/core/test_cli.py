@@ -286,7 +286,9 @@ def test_train_runs_resumes_and_refuses_to_overwrite(shell: Shell) -> None:
 
 def test_a_dead_piece_fails_the_run_and_is_named(shell: Shell) -> None:
     arguments = [a for a in TRAIN if not a.startswith("train.tokens")]
-    code, _, err = shell(*arguments, "train.tokens=4848", "train.lr=0.003", "objectives.sequence_balance.weight=0.0")
+    small = ("model.blocks.1.repeat=1", "objectives.mtp=null", "train.batch_sequences=2", "train.micro_sequences=2")
+    dead = "objectives.sequence_balance.weight=0.0"
+    code, _, err = shell(*arguments, *small, "train.tokens=2424", "train.lr=0.003", dead)
     assert code == 1
     assert err.strip() == "objectives.sequence_balance had no effect: its weight was 0 all along"
 
