@@ -1,4 +1,5 @@
 // Operations on the few rows of decoding, in float32: what costs there is reading the weights once, and every call.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -10,6 +11,8 @@ namespace {
 constexpr int LANES = 8;
 // How many numbers before they are worked they are asked for.
 constexpr int AHEAD = 256;
+// Entries of the cache that are worked together, while they are near.
+constexpr int64_t TILE = 64;
 typedef float Lanes __attribute__((vector_size(32)));
 typedef float Half __attribute__((vector_size(16)));
 typedef int32_t Whole __attribute__((vector_size(32)));
@@ -52,6 +55,48 @@ template <int WIDE> inline void dots(const float *a, const float *const *b, int6
 inline float dot(const float *a, const float *b, int64_t n) {
     float out;
     dots<1>(a, &b, n, &out);
+    return out;
+}
+
+// The first two of each with the last two, element by element of both in turn.
+inline Half halves(Half a, Half b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+    typedef int32_t Places __attribute__((vector_size(16)));
+    return __builtin_shuffle(a, b, Places{0, 4, 1, 5}) + __builtin_shuffle(a, b, Places{2, 6, 3, 7});
+#endif
+}
+
+// The products of four rows, one behind the other, with an entry; each as `score` takes it.
+inline Half four_scores(const float *entry, const float *rows, int64_t n) {
+    Lanes sums[4] = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        __builtin_prefetch(entry + i + 2 * AHEAD);
+        Lanes x = load(entry + i);
+        for (int w = 0; w < 4; w++) sums[w] += x * load(rows + w * n + i);
+    }
+    Half h[4][2];
+    std::memcpy(h, sums, sizeof h);
+    Half first = halves(h[0][0] + h[0][1], h[1][0] + h[1][1]), second = halves(h[2][0] + h[2][1], h[3][0] + h[3][1]);
+#ifdef __clang__
+    Half all = __builtin_shufflevector(first, second, 0, 1, 4, 5) + __builtin_shufflevector(first, second, 2, 3, 6, 7);
+#else
+    typedef int32_t Places __attribute__((vector_size(16)));
+    Half all = __builtin_shuffle(first, second, Places{0, 1, 4, 5}) + __builtin_shuffle(first, second, Places{2, 3, 6, 7});
+#endif
+    for (int w = 0; w < 4; w++)
+        for (int64_t j = i; j < n; j++) all[w] += entry[j] * rows[w * n + j];
+    return all;
+}
+
+inline float score(const float *entry, const float *row, int64_t n) {
+    Lanes sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sums += load(entry + i) * load(row + i);
+    float out = sum(sums);
+    for (; i < n; i++) out += entry[i] * row[i];
     return out;
 }
 
@@ -105,48 +150,56 @@ void linear(const float *rows, const float *matrix, float *out, int64_t count, i
     }
 }
 
-// The first `seen` of `room` scores become exp(score - the highest), the others 0; returns the sum.
-float shares_of(float *scores, int64_t seen, int64_t room) {
-    for (int64_t at = seen; at < room; at++) scores[at] = -INFINITY;
-    Lanes most = Lanes{} - INFINITY, sums = {};
-    for (int64_t at = 0; at < seen; at += LANES) {
+// Scores of a tile, of which the first `seen` count, become shares: exp(score - the highest so far), the others 0. What
+// was summed before is to be multiplied by what this returns.
+float shares_of(float *scores, int64_t seen, float &highest, float &total) {
+    if (seen <= 0) {
+        std::memset(scores, 0, sizeof(float) * size_t(TILE));
+        return 1.0f;
+    }
+    for (int64_t at = seen; at < TILE; at++) scores[at] = -INFINITY;
+    Lanes most = load(scores), sums = {}, before = Lanes{} + highest;
+    for (int64_t at = LANES; at < TILE; at += LANES) {
         Lanes x = load(scores + at);
         most = x > most ? x : most;
     }
-    float highest = most[0];
-    for (int i = 1; i < LANES; i++) highest = most[i] > highest ? most[i] : highest;
-    for (int64_t at = 0; at < room; at += LANES) {
-        Lanes less = load(scores + at) - highest, share = exp_of_negative(less);
-        share = at < seen ? (less < -87.0f ? Lanes{} : share) : Lanes{};
-        sums += share;
-        store(share, scores + at);
+    for (int i = 0; i < LANES; i++) highest = most[i] > highest ? most[i] : highest;
+    auto share = [&](Lanes x) { return x - highest < -87.0f ? Lanes{} : exp_of_negative(x - highest); };
+    for (int64_t at = 0; at < TILE; at += LANES) {
+        Lanes x = share(load(scores + at));
+        sums += x;
+        store(x, scores + at);
     }
-    return seen ? sum(sums) : 1.0f;
+    float shrink = share(before)[0];
+    total = total * shrink + sum(sums);
+    return shrink;
 }
 
-// Means of the first `rank` numbers of entries, with the shares [WIDE, room] of as many queries, in registers.
-template <int WIDE, typename Entry>
-void means(const float *shares, const float *totals, Entry entry, float *out, int64_t length, int64_t room, int64_t rank) {
+// Onto the sums [WIDE, rank] of as many queries, shrunk, come entries by their shares [WIDE, TILE].
+template <int WIDE>
+void add_shares(const float *shares, const float *shrink, const float *entries, float *out, int64_t count, int64_t width,
+                int64_t rank) {
     int64_t i = 0;
     for (; i + 2 * LANES <= rank; i += 2 * LANES) {
-        Lanes sums[WIDE][2] = {};
-        for (int64_t at = 0; at < length; at++) {
-            const float *from = entry(at) + i;
+        Lanes sums[WIDE][2];
+        for (int w = 0; w < WIDE; w++)
+            for (int j = 0; j < 2; j++) sums[w][j] = load(out + w * rank + i + j * LANES) * shrink[w];
+        for (int64_t at = 0; at < count; at++) {
+            const float *from = entries + at * width + i;
             Lanes first = load(from), second = load(from + LANES);
             for (int w = 0; w < WIDE; w++) {
-                float share = shares[w * room + at];
-                sums[w][0] += share * first;
-                sums[w][1] += share * second;
+                sums[w][0] += shares[w * TILE + at] * first;
+                sums[w][1] += shares[w * TILE + at] * second;
             }
         }
         for (int w = 0; w < WIDE; w++)
-            for (int j = 0; j < 2; j++) store(sums[w][j] / totals[w], out + w * rank + i + j * LANES);
+            for (int j = 0; j < 2; j++) store(sums[w][j], out + w * rank + i + j * LANES);
     }
     for (; i < rank; i++)
         for (int w = 0; w < WIDE; w++) {
-            float mean = 0.0f;
-            for (int64_t at = 0; at < length; at++) mean += shares[w * room + at] * entry(at)[i];
-            out[w * rank + i] = mean / totals[w];
+            float sum = out[w * rank + i] * shrink[w];
+            for (int64_t at = 0; at < count; at++) sum += shares[w * TILE + at] * entries[at * width + i];
+            out[w * rank + i] = sum;
         }
 }
 
@@ -240,35 +293,40 @@ void append_entries(const float *values, float *blocks, const int32_t *table, in
 void mla_decode(const float *q, const float *blocks, const int32_t *table, const int64_t *lengths, float *out,
                 int64_t batch, int64_t tokens, int64_t heads, int64_t width, int64_t rank, int64_t size,
                 int64_t most, float scale) {
-    int64_t queries = tokens * heads, shift = 0;
-    while ((int64_t(1) << shift) < size) shift++;
-    std::vector<float> shares, totals(static_cast<size_t>(queries));
+    int64_t queries = tokens * heads, step = size < TILE ? size : TILE; // a tile lies in one block
+    std::vector<float> shares(static_cast<size_t>(queries * TILE)), shrink(static_cast<size_t>(queries));
+    std::vector<float> highest(static_cast<size_t>(queries)), totals(static_cast<size_t>(queries));
+    std::memset(out, 0, sizeof(float) * size_t(batch * queries * rank));
     for (int64_t row = 0; row < batch; row++, q += queries * width, out += queries * rank, table += most) {
         int64_t length = lengths[row];
-        auto entry = [&](int64_t at) { // the size of a block is a power of two
-            return blocks + ((int64_t(table[at >> shift]) << shift) + (at & (size - 1))) * width;
-        };
-        int64_t room = (length + LANES - 1) / LANES * LANES;
-        shares.resize(size_t(queries * room));
-        for (int64_t at = 0; at < length; at++) {
-            int64_t query = 0;
-            for (; query + 2 <= queries; query += 2) {
-                const float *two[2] = {q + query * width, q + (query + 1) * width};
-                float scores[2];
-                dots<2>(entry(at), two, width, scores);
-                for (int i = 0; i < 2; i++) shares[(query + i) * room + at] = scale * scores[i];
+        std::fill(highest.begin(), highest.end(), -INFINITY);
+        std::fill(totals.begin(), totals.end(), 0.0f);
+        for (int64_t first = 0; first < length; first += step) {
+            const float *entries = blocks + (int64_t(table[first / size]) * size + first % size) * width;
+            int64_t count = length - first < step ? length - first : step;
+            for (int64_t at = 0; at < count; at++) {
+                const float *entry = entries + at * width;
+                int64_t query = 0;
+                for (; query + 4 <= queries; query += 4) {
+                    Half scores = scale * four_scores(entry, q + query * width, width);
+                    for (int i = 0; i < 4; i++) shares[size_t((query + i) * TILE + at)] = scores[i];
+                }
+                for (; query < queries; query++)
+                    shares[size_t(query * TILE + at)] = scale * score(entry, q + query * width, width);
             }
-            for (; query < queries; query++) shares[query * room + at] = scale * dot(entry(at), q + query * width, width);
+            for (int64_t query = 0; query < queries; query++) {
+                int64_t seen = length - tokens + query / heads + 1 - first; // a token sees the entries up to its own
+                size_t own = size_t(query);
+                shrink[own] = shares_of(&shares[own * TILE], seen < count ? seen : count, highest[own], totals[own]);
+            }
+            int64_t query = 0;
+            for (; query + 4 <= queries; query += 4)
+                add_shares<4>(&shares[size_t(query * TILE)], &shrink[size_t(query)], entries, out + query * rank, count, width, rank);
+            for (; query < queries; query++)
+                add_shares<1>(&shares[size_t(query * TILE)], &shrink[size_t(query)], entries, out + query * rank, count, width, rank);
         }
-        for (int64_t query = 0; query < queries; query++) {
-            int64_t seen = length - tokens + query / heads + 1; // a token sees the entries up to its own
-            totals[size_t(query)] = shares_of(shares.data() + query * room, seen < 0 ? 0 : seen, room);
-        }
-        int64_t query = 0;
-        for (; query + 4 <= queries; query += 4)
-            means<4>(shares.data() + query * room, totals.data() + query, entry, out + query * rank, length, room, rank);
-        for (; query < queries; query++)
-            means<1>(shares.data() + query * room, totals.data() + query, entry, out + query * rank, length, room, rank);
+        for (int64_t query = 0; query < queries; query++)
+            for (int64_t i = 0; i < rank && totals[size_t(query)] > 0.0f; i++) out[query * rank + i] /= totals[size_t(query)];
     }
 }
 
