@@ -186,7 +186,7 @@ MISTAKES = [
     (["data={use: text, corpus: files}"], "data", "files"),
     (["model.vocab_size=100"], "data", "100"),
     (
-        ["parallel={pipeline: {use: gpipe}, pipeline_ranks: 7}"],
+        ["parallel={pipeline: {use: gpipe}, pipeline_ranks: 7}", "data={use: synthetic}"],
         "parallel.pipeline_ranks",
         "6 layers do not make 7 stages",
     ),

@@ -32,6 +32,7 @@ def tangram(*arguments: str) -> int:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tangram.core.cli._draw", lambda directory, files: None)  # nobody looks at the pictures
     Path("words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
 
 
