@@ -34,6 +34,9 @@ from tangram.core.sampling import Sampling
 ROWS = ["128x1", "1024x1", "4096x1", "16384x1", "128x8", "1024x8", "4096x8"]
 """Contexts and batches."""
 
+WARM = 10
+"""Rounds of decoding with and without drafts that are not timed."""
+
 SIDES = ("tangram", "transformers")
 
 
@@ -167,16 +170,19 @@ def speculate(run: Path, rounds: int, tokens: int) -> None:
         prompt = rows.tokens[turn % 8, :64].tolist()
         texts = {}
         for drafts in (True, False) if turn % 2 else (False, True):
-            decoder = Decoder(trainer.model, 64 + tokens + 4, speculate=drafts)
+            decoder = Decoder(trainer.model, 96 + tokens + 4, speculate=drafts)
             decoder.admit([prompt], [Sampling()])
+            for _ in range(WARM):
+                decoder.step()
+            before = len(decoder.running[0].tokens)
             steps, began = 0, time.process_time()
-            while len(decoder.running[0].tokens) < 64 + tokens:
+            while len(decoder.running[0].tokens) < 96 + tokens:
                 decoder.step()
                 steps += 1
-            spent, made = time.process_time() - began, len(decoder.running[0].tokens) - 65
+            spent, made = time.process_time() - began, len(decoder.running[0].tokens) - before
             times[drafts].append(made / spent)
             per_round[drafts].append(spent / steps)
-            texts[drafts] = decoder.running[0].tokens[: 64 + tokens]
+            texts[drafts] = decoder.running[0].tokens[: 96 + tokens]
             if drafts:
                 kept, offered = kept + decoder.tally.accepted[0], offered + decoder.tally.offered[0]
         assert texts[True] == texts[False]

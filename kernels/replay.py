@@ -31,6 +31,8 @@ _LOOKS = frozenset(
 """Ways from a tensor to its values, or past torch to its memory."""
 
 _ALLOCATES = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
+_COPIES = frozenset(("clone", "contiguous", "to", "_to_copy"))
+_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 
 
 @frozen(eq=False)
@@ -158,6 +160,10 @@ def _writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: obje
     results = _tensors(out)
     if isinstance(out, Tensor):
         name = func._schema.name.partition("::")[2]
+        if name in _COPIES:
+            return partial(out.copy_, args[0])
+        if name in _ZEROS:
+            return out.zero_
         packet = getattr(torch.ops.aten, name, None)
         for way in (getattr(torch, name, None), getattr(packet, "out", None), packet):
             written = None if way is None else partial(way, *args, **kwargs, out=out)

@@ -26,6 +26,7 @@ def layer(x: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> tuple[to
     both = torch.cat([left.sigmoid(), right.double().float()], -1)
     kept.add_(both.sum((0, 1)))
     values, places = both.topk(2, -1)
+    both = both.mT.contiguous().mT.reshape(both.shape)
     filled = torch.zeros_like(both).scatter_(-1, places, values)
     return filled.transpose(0, 1).reshape(-1, both.shape[-1]), places.flatten(), kept.clone(), both.argmax(-1)
 
