@@ -22,8 +22,8 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
-def library(source: Path, *flags: str) -> ctypes.CDLL | None:
-    """Return the source, compiled with these flags too, or None where there is no C++ compiler.
+def library(source: Path) -> ctypes.CDLL | None:
+    """Return the compiled source, or None where there is no C++ compiler.
 
     Raises:
         RuntimeError: The compiler refuses the source.
@@ -32,7 +32,7 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
     if path is None:
         return None
     text = source.read_bytes()
-    decides = (text, path, _version(path), _FLAGS, flags, _processor())
+    decides = (text, path, _version(path), _FLAGS, _processor())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tangram"
     kept = folder / f"{source.stem}-{sha256(repr(decides).encode()).hexdigest()[:16]}.so"
     try:
@@ -41,7 +41,7 @@ def library(source: Path, *flags: str) -> ctypes.CDLL | None:
         pass  # not there yet, or not whole
     with tempfile.TemporaryDirectory() as made:
         built = Path(made) / kept.name
-        command = [path, *_FLAGS, *flags, str(source), "-o", str(built)]
+        command = [path, *_FLAGS, str(source), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed; set CXX to another C++ compiler:\n{done.stderr}")

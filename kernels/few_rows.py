@@ -41,7 +41,7 @@ _ARGUMENTS = {
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = library(_SOURCE, "-ffp-contract=fast")
+    found = library(_SOURCE)
     if found is not None:
         for name, arguments in _ARGUMENTS.items():
             getattr(found, name).argtypes = arguments

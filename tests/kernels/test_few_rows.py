@@ -189,3 +189,28 @@ def test_what_is_of_another_dtype_beside_the_rows_is_left_to_torch():
     ids = torch.tensor([[1, 0]], dtype=torch.int32)
     with torch.inference_mode():
         assert not few_rows.orders(ids)
+
+
+@given(rows=st.integers(1, 9), inner=st.integers(1, 90), outer=st.integers(1, 9), seed=SEEDS)
+def test_product_transposed(rows, inner, outer, seed):
+    x, weight = numbers(rows, 2, inner, seed=seed), numbers(outer, inner, seed=seed + 1)
+    plain, ours = on_both(lambda: kernels.product_transposed(x, weight))
+    assert_close(ours, plain, length=inner)
+
+
+@given(rows=st.integers(2, 9), inner=st.integers(1, 90), heads=st.integers(1, 6), seed=SEEDS)
+@torch.inference_mode()
+def test_a_row_is_summed_alike_whichever_rows_stand_beside_it(rows, inner, heads, seed):
+    x, weight = numbers(rows, inner, seed=seed), numbers(5, inner, seed=seed + 1)
+    together = kernels.product_transposed(x, weight)
+    assert torch.equal(together, torch.cat([kernels.product_transposed(row, weight) for row in x.split(1)]))
+    counts = torch.tensor([rows, 0])
+    by_expert = kernels.grouped_matmul_forward(x, torch.stack([weight, -weight]), counts)
+    assert torch.equal(by_expert, together)
+    q, blocks = numbers(1, rows, heads, inner, seed=seed), numbers(3, 64, inner, seed=seed + 2)
+    table, rank = torch.tensor([[2, 0, 1]], dtype=torch.int32), -(-inner // 2)
+    whole = kernels.mla_decode(q, blocks, table, torch.tensor([130]), 0.5, rank)
+    for place in range(rows):
+        length = torch.tensor([130 - rows + place + 1])
+        alone = kernels.mla_decode(q[:, place : place + 1], blocks, table, length, 0.5, rank)
+        assert torch.equal(whole[:, place : place + 1], alone)
