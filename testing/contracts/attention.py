@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tangram.core.contracts import Attention, Cache
+from tangram.core.recorded import Recorded
 from tangram.testing.contracts.module import DifferentiableContract, Passed
 from tangram.testing.laws import law
 from tangram.testing.mutants import attention as mutants
-from tangram.testing.samples import documents, normal
+from tangram.testing.samples import context, documents, filled, normal
 from tangram.testing.strategies import seeds
 from tangram.testing.tolerance import assert_close
 
@@ -168,6 +169,27 @@ class AttentionContract(DifferentiableContract):
         for i, before in enumerate((own, x[row : row + 1])):
             whole = torch.cat([before, more[i : i + 1]], 1)
             assert_close(out[i], module(whole, *_single(1, whole.shape[1]))[0, -1:], length=self.length)
+
+    @law(
+        requires="cache",
+        count=st.integers(1, 3),
+        seed=seeds(),
+        kills=[mutants.looks_at_what_is_kept, mutants.does_not_count_what_runs_again],
+    )
+    @torch.inference_mode()
+    def a_steady_step_may_run_again(self, config: Any, count: int, seed: int) -> None:
+        """While its cache says that it is steady, a forward that was recorded and runs again gives what it would."""
+        # Recordings are made where operations on few rows are compiled: in float32, on a CPU.
+        module = filled(self.make(config, context(self.dim, compute=torch.float32)), seed)
+        cache, x = module.new_cache(2, 8 * count), normal(2, 8 * count, self.dim, seed=seed, dtype=torch.float32)
+        positions, segments = _single(2, 8 * count)
+        whole = module(x, positions, segments)
+        recorded = Recorded(lambda x, positions: (module(x, positions, torch.zeros_like(positions), cache),), [cache])
+        for start in range(0, 8 * count, count):
+            piece, at = x[:, start : start + count], positions[:, start : start + count]
+            (out,) = recorded.again(piece, at) or (module(piece, at, torch.zeros_like(at), cache),)
+            assert_close(out, whole[:, start : start + count], length=self.length)
+            assert cache.lengths.tolist() == [start + count] * 2, "lengths say another number of tokens"
 
     @law(requires="cache", seed=seeds(), kills=[mutants.stores_more_than_it_declares])
     @torch.no_grad()

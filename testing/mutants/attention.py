@@ -76,6 +76,29 @@ def hands_over_the_first_row(attention: Any) -> Any:
     return _with_cache(attention, kept=lambda cache, row: cache.kept(0))
 
 
+def looks_at_what_is_kept(attention: Any) -> Any:
+    """Python takes the number of tokens from the cache, which says that it is steady."""
+    forward = attention.forward
+
+    def looking(x: Tensor, positions: Tensor, segments: Tensor, cache: Any = None) -> Any:
+        return forward(x if cache is None else x * (1 + 1e-3 * cache.longest), positions, segments, cache)
+
+    return with_forward(attention, looking)
+
+
+def does_not_count_what_runs_again(attention: Any) -> Any:
+    """A cache does not count the tokens that a forward appends when it runs again."""
+    new_cache = attention.new_cache
+
+    def uncounted(batch: int, length: int) -> Any:
+        cache = new_cache(batch, length)
+        cache.advance = lambda count: None
+        return cache
+
+    attention.new_cache = uncounted
+    return attention
+
+
 def stores_more_than_it_declares(attention: Any) -> Any:
     """The cache stores expanded keys and values while a latent is declared."""
     return _with_cache(attention, nbytes=lambda cache: 4 * cache.nbytes)
