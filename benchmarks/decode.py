@@ -2,6 +2,7 @@
 
     pip install transformers==5.23.0
     python benchmarks/decode.py [--size 19.5M] [--compute float32] [--rows 128x1 1024x1 4096x1 16384x1 128x8 ...]
+    python benchmarks/decode.py --growth             # a token at 16,384 against one at 1,024
     python benchmarks/decode.py --prefill            # reading a prompt against the forward of training
     python benchmarks/decode.py --speculate RUN      # drafts of a trained run's MTP modules against none
 
@@ -155,6 +156,27 @@ def prefill(size: str, compute: str, rounds: int, length: int = 512) -> None:
     print(json.dumps({"length": length, "prefill over forward, CPU time": spread(ratios)}))
 
 
+def growth(size: str, compute: str, rounds: int, tokens: int, contexts: tuple[int, int] = (1024, 16384)) -> None:
+    """Compare what a token costs after many others with what it costs after few."""
+    steps = []
+    for context in contexts:
+        model, _, prompt = both(size, compute, context, 1)
+        step, _ = ours(model, prompt, (rounds + 1) * tokens + WARM)
+        for _ in range(WARM):
+            step()
+        steps.append(step)
+    ratios = []
+    for _ in range(rounds):
+        spent = []
+        for step in steps:
+            began = time.process_time()
+            for _ in range(tokens):
+                step()
+            spent.append(time.process_time() - began)
+        ratios.append(spent[1] / spent[0])
+    print(json.dumps({"contexts": contexts, "CPU time of a token": spread(ratios)}))
+
+
 def speculate(run: Path, rounds: int, tokens: int) -> None:
     """Compare decoding with drafts with decoding without, on held-out text."""
     from tangram.core.run import load_run
@@ -207,6 +229,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--prefill", action="store_true")
     parser.add_argument("--speculate", type=Path)
     parser.add_argument("--alone", choices=SIDES, help=argparse.SUPPRESS)
@@ -216,6 +239,8 @@ def main() -> None:
     rows = [tuple(map(int, row.split("x"))) for row in asked.rows]
     if asked.alone:
         do_alone(asked.size, asked.compute, *rows[0], asked.alone)
+    elif asked.growth:
+        growth(asked.size, asked.compute, asked.rounds, asked.tokens)
     elif asked.prefill:
         prefill(asked.size, asked.compute, asked.rounds)
     elif asked.speculate:
