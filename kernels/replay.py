@@ -2,7 +2,7 @@
 
 Of a few tokens an operation takes microseconds on a CPU, and the Python between two of them often more. Recorded, a
 function comes down to a list of calls whose operands and results have their places: views and allocations have been
-done, and what is left is the work. A call that is neither the operation itself nor a plain copy has given its bits once.
+done, and what is left is the work. A call that is neither the operation itself nor a plain copy gave its bits once.
 
 A function may be recorded if it does the same operations whatever its tensors hold. It is not recorded if it looks at
 them from Python, or goes through operations of others than torch and this package, such as those between processes.
