@@ -192,19 +192,20 @@ def speculate(run: Path, rounds: int, tokens: int) -> None:
         prompt = rows.tokens[turn % 8, :64].tolist()
         texts = {}
         for drafts in (True, False) if turn % 2 else (False, True):
-            decoder = Decoder(trainer.model, 96 + tokens + 4, speculate=drafts)
+            end = 96 + tokens  # 64 of the prompt, and what the rounds before take
+            decoder = Decoder(trainer.model, end + 4, speculate=drafts)
             decoder.admit([prompt], [Sampling()])
             for _ in range(WARM):
                 decoder.step()
             before = len(decoder.running[0].tokens)
             steps, began = 0, time.process_time()
-            while len(decoder.running[0].tokens) < 96 + tokens:
+            while len(decoder.running[0].tokens) < end:
                 decoder.step()
                 steps += 1
             spent, made = time.process_time() - began, len(decoder.running[0].tokens) - before
             times[drafts].append(made / spent)
             per_round[drafts].append(spent / steps)
-            texts[drafts] = decoder.running[0].tokens[: 96 + tokens]
+            texts[drafts] = decoder.running[0].tokens[:end]
             if drafts:
                 kept, offered = kept + decoder.tally.accepted[0], offered + decoder.tally.offered[0]
         assert texts[True] == texts[False]

@@ -4,26 +4,20 @@ from collections.abc import Sequence
 
 import torch
 from attrs import evolve
-from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tangram.core.experiment import RECOMPUTE, BlockGroup, Experiment
 from tangram.core.model import Model, build_model
 from tangram.core.records import Batch, Progress
+from tangram.kernels import SeesOperations, place_of, tensors_in
 
 
 class UnpredictableError(Exception):
     """A forward cannot run without memory: it looks at values."""
 
 
-class Made(TorchDispatchMode):
+class Made(SeesOperations):
     """Counts what operations inside it make, without holding it: new storages, neither views nor what was there."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch would import its compiler, for a second, to keep this from being compiled
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,21 +25,17 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        given = {place for place, _ in _storages((args, kwargs))}
-        for place, storage in _storages(out):
-            if place not in given:
+        given = set(map(place_of, tensors_in((args, kwargs))))
+        for tensor in tensors_in(out):
+            if place_of(tensor) not in given:
+                storage = tensor.untyped_storage()
                 # A weak reference keeps the place of its storage from being taken by another.
-                self._made.setdefault(place, (StorageWeakRef(storage), storage.nbytes()))
+                self._made.setdefault(place_of(tensor), (StorageWeakRef(storage), storage.nbytes()))
         return out
 
     def alive(self) -> int:
         """Return the bytes of what is still alive."""
         return sum(size for made, size in self._made.values() if not made.expired())
-
-
-def _storages(values: object) -> list[tuple[int, torch.UntypedStorage]]:
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-    return [(storage._cdata, storage) for storage in storages]
 
 
 def kept_bytes(model: Model, batch: Batch) -> int:

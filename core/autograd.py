@@ -12,6 +12,7 @@ from tangram.kernels import (
     grouped_matmul_input_grad,
     grouped_matmul_weight_grad,
     linear_cross_entropy,
+    place_of,
     product,
     product_transposed,
 )
@@ -238,7 +239,7 @@ class Recompute:
         y = fn(*args)
         recipe = _Recipe(fn, [self._use(arg) if isinstance(arg, Tensor) else arg for arg in args])
         # y is held until the scope ends, or another storage could take the place of its own.
-        self._recipes[_place(y)] = (y, recipe)
+        self._recipes[place_of(y)] = (y, recipe)
         return y
 
     def whole(self, fn: Callable[..., _T], *args: object) -> _T:
@@ -285,7 +286,7 @@ class Recompute:
             self._recipes = None
 
     def _use(self, tensor: Tensor) -> Tensor | _Use:
-        held = None if self._recipes is None else self._recipes.get(_place(tensor))
+        held = None if self._recipes is None else self._recipes.get(place_of(tensor))
         if held is None or held[0].dtype != tensor.dtype:
             return tensor
         return _Use(held[1], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
@@ -304,8 +305,3 @@ class Recompute:
 
 def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
     return tensor.detach().requires_grad_(requires_grad)
-
-
-def _place(tensor: Tensor) -> int:
-    """Return where a tensor's storage object lies: its data lies nowhere on the device meta."""
-    return int(tensor.untyped_storage()._cdata)

@@ -4,6 +4,7 @@ from tangram.kernels.adamw import adamw_step
 from tangram.kernels.backend import paths, use
 from tangram.kernels.causal_attention import causal_attention, masked_attention
 from tangram.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
+from tangram.kernels.dispatch import SeesOperations, place_of, tensors_in
 from tangram.kernels.e5m6 import pack as pack_e5m6
 from tangram.kernels.e5m6 import unpack as unpack_e5m6
 from tangram.kernels.fp8_grouped_matmul import fp8_grouped_matmul, fp8_grouped_weight_grad, pad_groups
@@ -33,6 +34,7 @@ __all__ = [
     "Quantized",
     "Recording",
     "Scaling",
+    "SeesOperations",
     "Yarn",
     "absorb",
     "accumulator",
@@ -62,6 +64,7 @@ __all__ = [
     "pad_groups",
     "paths",
     "permute",
+    "place_of",
     "product",
     "product_dtype",
     "product_transposed",
@@ -75,6 +78,7 @@ __all__ = [
     "rotation",
     "swiglu",
     "swiglu_quantized",
+    "tensors_in",
     "unpack_e5m6",
     "unpermute",
     "use",

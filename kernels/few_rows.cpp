@@ -16,6 +16,7 @@ constexpr int64_t TILE = 64;
 typedef float Lanes __attribute__((vector_size(32)));
 typedef float Half __attribute__((vector_size(16)));
 typedef int32_t Whole __attribute__((vector_size(32)));
+typedef int32_t Places __attribute__((vector_size(16)));
 
 inline Lanes load(const float *p) {
     Lanes x;
@@ -58,15 +59,14 @@ inline float dot(const float *a, const float *b, int64_t n) {
     return out;
 }
 
-// The first two of each with the last two, element by element of both in turn.
-inline Half halves(Half a, Half b) {
 #ifdef __clang__
-    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-    typedef int32_t Places __attribute__((vector_size(16)));
-    return __builtin_shuffle(a, b, Places{0, 4, 1, 5}) + __builtin_shuffle(a, b, Places{2, 6, 3, 7});
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
 #endif
-}
+
+// The first two of each with the last two, element by element of both in turn.
+inline Half halves(Half a, Half b) { return SHUFFLE(a, b, 0, 4, 1, 5) + SHUFFLE(a, b, 2, 6, 3, 7); }
 
 // The products of four rows, one behind the other, with an entry; each as `score` takes it.
 inline Half four_scores(const float *entry, const float *rows, int64_t n) {
@@ -80,12 +80,7 @@ inline Half four_scores(const float *entry, const float *rows, int64_t n) {
     Half h[4][2];
     std::memcpy(h, sums, sizeof h);
     Half first = halves(h[0][0] + h[0][1], h[1][0] + h[1][1]), second = halves(h[2][0] + h[2][1], h[3][0] + h[3][1]);
-#ifdef __clang__
-    Half all = __builtin_shufflevector(first, second, 0, 1, 4, 5) + __builtin_shufflevector(first, second, 2, 3, 6, 7);
-#else
-    typedef int32_t Places __attribute__((vector_size(16)));
-    Half all = __builtin_shuffle(first, second, Places{0, 1, 4, 5}) + __builtin_shuffle(first, second, Places{2, 3, 6, 7});
-#endif
+    Half all = SHUFFLE(first, second, 0, 1, 4, 5) + SHUFFLE(first, second, 2, 3, 6, 7);
     for (int w = 0; w < 4; w++)
         for (int64_t j = i; j < n; j++) all[w] += entry[j] * rows[w * n + j];
     return all;
@@ -135,21 +130,6 @@ void best_of(float *left, int64_t n, int64_t count, int64_t *places) {
     }
 }
 
-// Rows times a transposed matrix [outer, inner].
-void linear(const float *rows, const float *matrix, float *out, int64_t count, int64_t inner, int64_t outer) {
-    for (int64_t column = 0; column < outer; column++, matrix += inner) {
-        int64_t row = 0;
-        for (; row + 2 <= count; row += 2) {
-            const float *two[2] = {rows + row * inner, rows + (row + 1) * inner};
-            float products[2];
-            dots<2>(matrix, two, inner, products);
-            out[row * outer + column] = products[0];
-            out[(row + 1) * outer + column] = products[1];
-        }
-        for (; row < count; row++) out[row * outer + column] = dot(matrix, rows + row * inner, inner);
-    }
-}
-
 // Scores of a tile, of which the first `seen` count, become shares: exp(score - the highest so far), the others 0. What
 // was summed before is to be multiplied by what this returns.
 float shares_of(float *scores, int64_t seen, float &highest, float &total) {
@@ -177,8 +157,8 @@ float shares_of(float *scores, int64_t seen, float &highest, float &total) {
 
 // Onto the sums [WIDE, rank] of as many queries, shrunk, come entries by their shares [WIDE, TILE].
 template <int WIDE>
-void add_shares(const float *shares, const float *shrink, const float *entries, float *out, int64_t count, int64_t width,
-                int64_t rank) {
+void add_shares(const float *shares, const float *shrink, const float *entries, float *out, int64_t count,
+                int64_t width, int64_t rank) {
     int64_t i = 0;
     for (; i + 2 * LANES <= rank; i += 2 * LANES) {
         Lanes sums[WIDE][2];
@@ -206,6 +186,22 @@ void add_shares(const float *shares, const float *shrink, const float *entries, 
 } // namespace
 
 extern "C" {
+
+// Rows times a transposed matrix [outer, inner].
+void product_transposed(const float *rows, const float *matrix, float *out, int64_t count, int64_t inner,
+                        int64_t outer) {
+    for (int64_t column = 0; column < outer; column++, matrix += inner) {
+        int64_t row = 0;
+        for (; row + 2 <= count; row += 2) {
+            const float *two[2] = {rows + row * inner, rows + (row + 1) * inner};
+            float products[2];
+            dots<2>(matrix, two, inner, products);
+            out[row * outer + column] = products[0];
+            out[(row + 1) * outer + column] = products[1];
+        }
+        for (; row < count; row++) out[row * outer + column] = dot(matrix, rows + row * inner, inner);
+    }
+}
 
 void rmsnorm(const float *x, const float *weight, float *y, int64_t rows, int64_t columns, float eps) {
     for (int64_t row = 0; row < rows; row++, x += columns, y += columns) {
@@ -274,12 +270,12 @@ void expand(const float *means, const float *weight, float *out, int64_t tokens,
             int64_t rank, int64_t head_stride) {
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t head = 0; head < heads; head++, means += rank, out += value)
-            linear(means, weight + head * head_stride, out, 1, rank, value);
+            product_transposed(means, weight + head * head_stride, out, 1, rank, value);
 }
 
 // Values of new tokens into the blocks that the table names for their places, and their number onto the lengths.
-void append_entries(const float *values, float *blocks, const int32_t *table, int64_t *lengths, int64_t batch, int64_t tokens,
-                    int64_t width, int64_t size, int64_t most) {
+void append_entries(const float *values, float *blocks, const int32_t *table, int64_t *lengths, int64_t batch,
+                    int64_t tokens, int64_t width, int64_t size, int64_t most) {
     for (int64_t row = 0; row < batch; row++, lengths++) {
         for (int64_t token = 0; token < tokens; token++, values += width) {
             int64_t at = *lengths + token;
@@ -321,19 +317,17 @@ void mla_decode(const float *q, const float *blocks, const int32_t *table, const
             }
             int64_t query = 0;
             for (; query + 4 <= queries; query += 4)
-                add_shares<4>(&shares[size_t(query * TILE)], &shrink[size_t(query)], entries, out + query * rank, count, width, rank);
+                add_shares<4>(&shares[size_t(query * TILE)], &shrink[size_t(query)], entries, out + query * rank, count,
+                              width, rank);
             for (; query < queries; query++)
-                add_shares<1>(&shares[size_t(query * TILE)], &shrink[size_t(query)], entries, out + query * rank, count, width, rank);
+                add_shares<1>(&shares[size_t(query * TILE)], &shrink[size_t(query)], entries, out + query * rank, count,
+                              width, rank);
         }
-        for (int64_t query = 0; query < queries; query++)
-            for (int64_t i = 0; i < rank && totals[size_t(query)] > 0.0f; i++) out[query * rank + i] /= totals[size_t(query)];
+        for (int64_t query = 0; query < queries; query++) {
+            float total = totals[size_t(query)];
+            for (int64_t i = 0; i < rank && total > 0.0f; i++) out[query * rank + i] /= total;
+        }
     }
-}
-
-// Rows times a transposed matrix [outer, inner].
-void product_transposed(const float *rows, const float *matrix, float *out, int64_t count, int64_t inner,
-                        int64_t outer) {
-    linear(rows, matrix, out, count, inner, outer);
 }
 
 // Every expert's rows times its transposed matrix; whether the counts fit.
@@ -343,7 +337,7 @@ int64_t grouped_matmul(const float *rows, const float *weight, const int64_t *co
     if (length) return 0;
     for (int64_t expert = 0; expert < experts; expert++) {
         int64_t count = counts[expert];
-        linear(rows, weight + expert * outer * inner, out, count, inner, count ? outer : 0);
+        product_transposed(rows, weight + expert * outer * inner, out, count, inner, count ? outer : 0);
         rows += count * inner;
         out += count * outer;
     }

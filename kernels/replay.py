@@ -17,10 +17,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tangram.kernels.backend import chosen
+from tangram.kernels.dispatch import SeesOperations, place_of, tensors_in
 
 _T = TypeVar("_T")
 
@@ -87,12 +86,8 @@ def _opened(recorder: "_Recorder") -> Iterator[None]:
         _open.pop()
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(SeesOperations):
     """Turns every operation into a call that writes its result where it lies now."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch would import its compiler, for a second, to keep this from being compiled
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,21 +138,12 @@ class _Watch(TorchFunctionMode):
 
 def _is_view(out: object, operands: object) -> bool:
     """Return whether all results lie in the memory of operands, so that nothing was computed."""
-    given = {storage for storage in map(_storage, _tensors(operands))}
-    return all(_storage(tensor) in given for tensor in _tensors(out))
-
-
-def _tensors(values: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    given = set(map(place_of, tensors_in(operands)))
+    return all(place_of(tensor) in given for tensor in tensors_in(out))
 
 
 def _writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> Callable[[], object]:
     """Return the cheapest call that makes `out` again where it is."""
-    results = _tensors(out)
     if isinstance(out, Tensor):
         name = func._schema.name.partition("::")[2]
         if name in _COPIES:
@@ -167,30 +153,28 @@ def _writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: obje
         packet = getattr(torch.ops.aten, name, None)
         for way in (getattr(torch, name, None), getattr(packet, "out", None), packet):
             written = None if way is None else partial(way, *args, **kwargs, out=out)
-            if written is not None and _gives(written, results):
+            if written is not None and _gives(written, out):
                 return written
 
+    results = tensors_in(out)
+
     def again() -> None:
-        for result, made in zip(results, _tensors(func(*args, **kwargs)), strict=True):
+        for result, made in zip(results, tensors_in(func(*args, **kwargs)), strict=True):
             result.copy_(made)
 
     return again
 
 
-def _gives(written: Callable[[], object], results: list[Tensor]) -> bool:
-    """Return whether a call writes the results once more, bit for bit."""
-    before = [result.clone() for result in results]
-    places = [(result.shape, result.stride()) for result in results]
-    for result in results:
-        result.fill_(1 if result.dtype is torch.bool else 111)
+def _gives(written: Callable[[], object], result: Tensor) -> bool:
+    """Return whether a call writes the result once more, bit for bit."""
+    before, place = result.clone(), (result.shape, result.stride())
+    result.fill_(1 if result.dtype is torch.bool else 111)
     try:
         written()
     except (TypeError, RuntimeError, ValueError):
         same = False
     else:
-        same = [(result.shape, result.stride()) for result in results] == places
-        same = same and all(torch.equal(one, other) for one, other in zip(results, before, strict=True))
+        same = (result.shape, result.stride()) == place and torch.equal(result, before)
     if not same:
-        for result, old in zip(results, before, strict=True):
-            result.copy_(old)
+        result.copy_(before)
     return same
