@@ -72,19 +72,20 @@ def assemble(experiment: Experiment, seat: Seat = ALONE, *, trains: bool = True)
     model = build_model(experiment, train.seed, seat.device, parallel)
     sharding = built("parallel.sharding", experiment.parallel.sharding.build, parallel)
     parameters = built("parallel.sharding", sharding.attach, model)
+    executor = Executor(
+        model,
+        lambda microbatches: pipeline.schedule(layout.pipeline_ranks, microbatches),
+        train.micro_sequences,
+        parallel,
+        sharding.reduce,
+    )
     if layout.ranks > 1:
         parallel.groups.want(range(layout.ranks))
         parallel.groups.open()
     return Trainer(
         experiment=experiment,
         model=model,
-        executor=Executor(
-            model,
-            lambda microbatches: pipeline.schedule(layout.pipeline_ranks, microbatches),
-            train.micro_sequences,
-            parallel,
-            sharding.reduce,
-        ),
+        executor=executor,
         sharding=sharding,
         optimizer=built("optimizer", experiment.optimizer.build, parameters),
         guard=built("guard", experiment.guard.build),

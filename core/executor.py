@@ -82,9 +82,10 @@ class Executor:
         self.program, self.micro_sequences, self.parallel = program, micro_sequences, parallel
         self._plans, self._checked = plans, dict[int, Lowered]()
         self._reduce = reduce
+        self._channels = Channels(program.compute, parallel, program.n_stages)
 
     def lowered(self, microbatches: int) -> Lowered:
-        """Return what every rank does for so many micro-batches, checked once."""
+        """Return what every rank does for so many micro-batches, checked and its channels opened once."""
         if microbatches not in self._checked:
             plan = self._plans(microbatches)
             validate(plan)
@@ -92,8 +93,10 @@ class Executor:
                 raise ValueError(f"the plan has {plan.stages} stages and the program {self.program.n_stages}")
             if any(self.parallel.layout.place.get(at) != rank for at, rank in plan.place.items()):
                 raise ValueError("the plan places a stage where the layout does not")
-            self._checked[microbatches] = lower(plan)
-            check(self._checked[microbatches])
+            lowered = lower(plan)
+            check(lowered)
+            self._channels.open(lowered.channels)
+            self._checked[microbatches] = lowered
         return self._checked[microbatches]
 
     def run(self, batch: Batch, now: Progress) -> Result:
@@ -110,29 +113,22 @@ class Executor:
         with nullcontext() if plan.trains else torch.no_grad():
             mine = batch.rows(first, first + count * self.micro_sequences).to(self.parallel.device)
             step = _Step(self.program, plan, mine, now, self.parallel, self.micro_sequences)
-            channels = Channels(self._shape_of(step), self.program.compute, self.parallel, plan.stages)
             for instruction in lowered.ranks[layout.pipeline_rank]:
-                self._follow(instruction, step, channels)
-            channels.close()
+                self._follow(instruction, step)
+            self._channels.flush()
         if plan.trains:
             self._reduce()
         return step.result()
 
-    def _shape_of(self, step: "_Step") -> Callable[[Slot], tuple[int, int, int]]:
-        def shape(slot: Slot) -> tuple[int, int, int]:
-            return *step.micro(slot).tokens.shape, self.program.dim
-
-        return shape
-
-    def _follow(self, instruction: Instruction, step: "_Step", channels: Channels) -> None:
+    def _follow(self, instruction: Instruction, step: "_Step") -> None:
         match instruction:
             case Send(message):
-                channels.send(message, step.waiting(message.backward).pop(message.slot))
+                self._channels.send(message, step.waiting(message.backward).pop(message.slot))
             case Receive(message):
-                channels.receive(message)
+                self._channels.receive(message, (*step.micro(message.slot).tokens.shape, self.program.dim))
             case Action():
                 for message in needed(step.plan, self.parallel.layout.pipeline_rank, instruction):
-                    step.waiting(message.backward)[message.slot] = channels.take(message)
+                    step.waiting(message.backward)[message.slot] = self._channels.take(message)
                 step.do(instruction)
             case Reduce():
                 pass  # the sharding sums all stages, in this order

@@ -7,6 +7,8 @@ from torch import Tensor, distributed
 
 _T = TypeVar("_T")
 
+_Key = tuple[tuple[int, ...], str]
+
 # torch 2.13 has other names for these and warns of the old ones; 2.11 does not have the new ones.
 _gather_rows = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 _scatter_rows = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
@@ -15,29 +17,30 @@ _scatter_rows = getattr(distributed, "reduce_scatter_single", None) or distribut
 class Groups:
     """The groups that pieces of a rank want. They are made all at once, by all ranks: those of others too.
 
-    Ranks that made groups by themselves, each in its own order, would wait for each other for ever.
+    Ranks that made groups by themselves, each in its own order, would wait for each other for ever. The same ranks may
+    have several groups, each of a name: what is said in one does not wait for what is said in another.
     """
 
     def __init__(self) -> None:
-        self._wanted: set[tuple[int, ...]] = set()
-        self._made: dict[tuple[int, ...], distributed.ProcessGroup] = {}
+        self._wanted: set[_Key] = set()
+        self._made: dict[_Key, distributed.ProcessGroup] = {}
 
-    def want(self, ranks: Sequence[int]) -> None:
-        """Say that this rank will talk in the group of these ranks."""
+    def want(self, ranks: Sequence[int], name: str = "") -> None:
+        """Say that this rank will talk in the group of these ranks that has this name."""
         if len(ranks) > 1:
-            self._wanted.add(tuple(ranks))
+            self._wanted.add((tuple(ranks), name))
 
     def open(self) -> None:
         """Make the groups that any rank wants and that are not made yet; all ranks must call this at once."""
-        wanted: list[set[tuple[int, ...]]] = [set() for _ in range(distributed.get_world_size())]
+        wanted: list[set[_Key]] = [set() for _ in range(distributed.get_world_size())]
         distributed.all_gather_object(wanted, self._wanted)
-        for ranks in sorted(set[tuple[int, ...]]().union(*wanted) - self._made.keys()):
-            self._made[ranks] = distributed.new_group(list(ranks))
+        for ranks, name in sorted(set[_Key]().union(*wanted) - self._made.keys()):
+            self._made[ranks, name] = distributed.new_group(list(ranks))
         self._wanted.clear()
 
-    def of(self, ranks: Sequence[int]) -> distributed.ProcessGroup:
+    def of(self, ranks: Sequence[int], name: str = "") -> distributed.ProcessGroup:
         """Return the group of these ranks, of which this must be one; on first use those that are wanted are made."""
-        key = tuple(ranks)
+        key = tuple(ranks), name
         if key not in self._made:
             self._wanted.add(key)
             self.open()

@@ -46,6 +46,7 @@ def take_seat() -> Seat:
     store, rank, ranks = next(rendezvous("env://"))
     meetings = meet(store, rank, ranks)
     store = PrefixStore(f"after {meetings}", store)
+    # Told its device, NCCL would put all messages of a group in one queue: channels count on one for each two ranks.
     distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=rank, world_size=ranks)
     return Seat(rank, ranks, device, max(meetings, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
 

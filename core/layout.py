@@ -78,6 +78,11 @@ class Layout:
         first = self.rank - self.expert_rank
         return tuple(range(first, first + self.expert_ranks))
 
+    @property
+    def pipeline(self) -> tuple[int, ...]:
+        """The ranks of this one's pipeline, itself among them, in order."""
+        return tuple(self.at(rank) for rank in range(self.pipeline_ranks))
+
     def at(self, pipeline_rank: int) -> int:
         """Return the rank that is elsewhere in the pipeline and sees the same data."""
         return pipeline_rank * self.data_ranks + self.data_rank

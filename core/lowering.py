@@ -85,6 +85,12 @@ class Lowered:
     plan: Plan
     ranks: tuple[tuple[Instruction, ...], ...]
 
+    @property
+    def channels(self) -> list[tuple[int, int]]:
+        """Which rank sends to which, in an order that is the same on every rank."""
+        sent = [each.message for rank in self.ranks for each in rank if isinstance(each, Send)]
+        return sorted({(message.source, message.target) for message in sent})
+
 
 def needed(plan: Plan, rank: int, action: Action) -> list[Message]:
     """Return the messages that an action needs, of an overlap those of both parts."""
