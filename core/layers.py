@@ -86,7 +86,7 @@ class GroupedLinear(nn.Module):
         seed = int(torch.randint(2**62, ()))  # drawn, so that two modules built in a row differ
         with torch.no_grad():
             for expert, weight in zip(self.experts, self.weight, strict=True):
-                stream = torch.Generator(weight.device).manual_seed((seed + 0x9E3779B97F4A7C15 * expert) % 2**63)
+                stream = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * expert) % 2**63)
                 weight.normal_(std=self.init_std, generator=stream)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:

@@ -218,8 +218,10 @@ def _routing(objectives: Mapping[str, RoutingObjective], batch: Batch) -> Callab
     return run
 
 
-def initialize(model: nn.Module, seed: int) -> None:
-    """Give every weight its initial value, each module from its own address, so that no layout changes a value.
+def initialize(model: nn.Module, seed: int, device: str | torch.device = "cpu") -> None:
+    """Give every weight its initial value, and put it on a device.
+
+    Each module draws from its own address and on the CPU, so that neither a layout nor a device changes a value.
 
     Raises:
         TypeError: A module has parameters or buffers of its own and no `reset_parameters`.
@@ -232,9 +234,13 @@ def initialize(model: nn.Module, seed: int) -> None:
         if reset is None:
             raise TypeError(f"{address}: {type(module).__name__} has weights and no reset_parameters()")
         digest = hashlib.sha256(f"{seed}:{address}".encode()).digest()
+        # As `to_empty` does it, which imports torch's symbolic shapes to make one tensor like another without memory.
+        module._apply(lambda bare: torch.empty(bare.shape, dtype=bare.dtype), recurse=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            # `torch.manual_seed` writes down a traceback for each accelerator that is not there: most of a small build.
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             reset()
+        module._apply(lambda drawn: drawn.to(device), recurse=False)
 
 
 def build_model(
@@ -250,6 +256,5 @@ def build_model(
     with torch.device("meta"):
         model = Model(experiment, parallel or Parallel())
     if str(device) != "meta":
-        model.to_empty(device=device)
-        initialize(model, seed)
+        initialize(model, seed, device)
     return model

@@ -85,7 +85,7 @@ class Plain:
 
     def round_columns(self, x: Tensor, scales: Tensor, ends: Tensor, format: torch.dtype) -> Tensor:
         """Return the rounded numbers."""
-        each = scales.repeat_interleave(torch.tensor(_sizes(ends)), 0)
+        each = scales.repeat_interleave(torch.tensor(_sizes(ends), device=scales.device), 0)
         bound = largest(format)
         return ((x.float() / each).clamp(-bound, bound).to(format).float() * each).to(x.dtype)
 
