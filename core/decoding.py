@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tangram.core.contracts import Cache, Tokenizer
-from tangram.core.lanes import side_by_side
+from tangram.core.lanes import Lanes
 from tangram.core.model import Model
 from tangram.core.recorded import Recorded
 from tangram.core.records import Batch, Carry, Progress
@@ -63,6 +63,7 @@ class Decoder:
             raise ValueError(f"the model has {model.n_stages} stages; decoding takes it as one")
         self.model, self.chunk = model, chunk
         self._device = next(model.parameters()).device
+        self._lanes = Lanes(self._device)
         self._drafts = Drafts(model) if speculate else None
         self.length = length
         self._room = length + (self._drafts.depth if self._drafts else 0)  # drafts stand behind the last token
@@ -191,10 +192,12 @@ class Decoder:
     def _phases(self, tokens: Tensor, positions: Tensor, trunk: Sequence[Cache]) -> Generator[str, None, Tensor]:
         """Return the residual stream [B, S, D] of tokens [B, S] at positions [B, S]; before each phase, its lane."""
         batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
-        carry = Carry()
+        carry, lane = Carry(), ""
         for phase in self.model.phases(0, batch, Progress(), trunk):
             yield phase.lane
-            carry = phase.fn(carry)
+            if phase.lane != lane:
+                self._lanes.hold(carry)
+            carry, lane = phase.fn(carry), phase.lane
         assert carry.trunk is not None
         return carry.trunk
 
@@ -269,7 +272,7 @@ def step_together(*decoders: Decoder) -> list[list[list[int]]]:
     """
     made: list[list[list[int]]] = [[] for _ in decoders]
     rounds = [decoder._round(tokens) for decoder, tokens in zip(decoders, made, strict=True)]
-    side_by_side(*(_later(work, number % 2) for number, work in enumerate(rounds)))
+    decoders[0]._lanes.side_by_side(*(_later(work, number % 2) for number, work in enumerate(rounds)))
     return made
 
 

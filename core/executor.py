@@ -11,7 +11,7 @@ from torch import Tensor
 from tangram.core.channels import Channels
 from tangram.core.context import Parallel
 from tangram.core.islands import Link, back, cut
-from tangram.core.lanes import side_by_side
+from tangram.core.lanes import Lanes
 from tangram.core.lowering import Instruction, Lowered, Receive, Reduce, Send, check, lower, needed
 from tangram.core.plan import Action, Op, Plan, Slot, validate
 from tangram.core.records import Batch, Carry, Phase, Progress, Result
@@ -80,6 +80,7 @@ class Executor:
         reduce: Callable[[], None],
     ) -> None:
         self.program, self.micro_sequences, self.parallel = program, micro_sequences, parallel
+        self.lanes = Lanes(parallel.device)
         self._plans, self._checked = plans, dict[int, Lowered]()
         self._reduce = reduce
         self._channels = Channels(program.compute, parallel, program.n_stages)
@@ -112,7 +113,7 @@ class Executor:
         plan = lowered.plan
         with nullcontext() if plan.trains else torch.no_grad():
             mine = batch.rows(first, first + count * self.micro_sequences).to(self.parallel.device)
-            step = _Step(self.program, plan, mine, now, self.parallel, self.micro_sequences)
+            step = _Step(self.program, plan, mine, now, self.parallel, self.micro_sequences, self.lanes)
             for instruction in lowered.ranks[layout.pipeline_rank]:
                 self._follow(instruction, step)
             self._channels.flush()
@@ -145,9 +146,10 @@ class _Step:
         now: Progress,
         parallel: Parallel,
         micro_sequences: int,
+        lanes: Lanes,
     ) -> None:
         self.program, self.plan, self.batch, self.now = program, plan, batch, now
-        self.parallel, self.micro_sequences = parallel, micro_sequences
+        self.parallel, self.micro_sequences, self.lanes = parallel, micro_sequences, lanes
         self.weights = program.weights(now)
         self.live: dict[Slot, _Live] = {}
         self.outputs: dict[Slot, Tensor] = {}  # hidden states on their way to the next stage
@@ -155,7 +157,8 @@ class _Step:
         self.losses: dict[str, list[Tensor]] = {}
         self.load = torch.zeros(program.load_shape, dtype=torch.int64, device=batch.tokens.device)
         self.peak = 0
-        self.cut = {action.other for rank in plan.actions for action in rank if action.other is not None}
+        pairs = [action for rank in plan.actions for action in rank if action.other is not None]
+        self.paired = {part.slot for action in pairs for part in action.parts}
 
     def waiting(self, backward: bool) -> dict[Slot, Tensor]:
         """Return what waits for the slots that need it: hidden states, or their gradients."""
@@ -164,19 +167,19 @@ class _Step:
     def do(self, action: Action) -> None:
         match action.op:
             case Op.FORWARD:
-                side_by_side(self._forward(action.slot))
+                self.lanes.side_by_side(self._forward(action.slot))
             case Op.BACKWARD:
-                side_by_side(self._backward(action.slot))
+                self.lanes.side_by_side(self._backward(action.slot))
             case Op.INPUT_BACKWARD:
                 with self.parallel.weight_grads.deferred() as pending:
-                    side_by_side(self._backward(action.slot))
+                    self.lanes.side_by_side(self._backward(action.slot))
                 self.live[action.slot] = _Live(None, Carry(), pending=pending)
             case Op.WEIGHT_BACKWARD:
                 for add in self.live.pop(action.slot).pending:
                     add()
             case Op.OVERLAP:
                 assert action.other is not None
-                side_by_side(self._forward(action.slot), self._backward(action.other))
+                self.lanes.side_by_side(self._forward(action.slot), self._backward(action.other))
 
     def micro(self, slot: Slot) -> Batch:
         """Return the micro-batch of a slot."""
@@ -184,18 +187,22 @@ class _Step:
         return self.batch.rows(start, start + self.micro_sequences)
 
     def _forward(self, slot: Slot) -> Iterator[str]:
-        """Work a slot forward, and before each phase yield its lane."""
-        entry = None
+        """Work a slot forward, and before each phase yield its lane: that of a pair alone leaves the computing one."""
+        entry, paired = None, slot in self.paired
         if slot.stage > 0:
             entry = self.outputs.pop(slot).detach()
             entry.requires_grad_(torch.is_grad_enabled())
         carry, islands, lane = Carry(hidden=entry), list[tuple[str, list[Link]]](), ""
         for phase in self.program.phases(slot.stage, self.micro(slot), self.now):
-            yield phase.lane
-            if lane and slot in self.cut:
+            yield (now := phase.lane if paired else "compute")
+            if lane and paired:
                 carry, links = cut(carry)
                 islands.append((lane, links))
-            carry, lane = phase.fn(carry), phase.lane
+            if lane != now:
+                self.lanes.hold(carry)
+            carry, lane = phase.fn(carry), now
+        yield "compute"  # what all slots add to
+        self.lanes.hold(carry)
         for layer, stats in carry.stats:
             counts = stats.load.sum(0)
             self.load[layer, : len(counts)] += counts
@@ -217,10 +224,12 @@ class _Step:
             if root.requires_grad:
                 roots.append(root)
                 grads.append(grad)
+        self.lanes.hold(*grads)
         torch.autograd.backward(roots, grads)
         while live.islands:  # the graph of each goes with it; what W still needs is held by its closures
             lane, links = live.islands.pop()
             yield lane
+            self.lanes.hold(*(leaf.grad for _, leaf in links))
             back(links)
         if live.entry is not None and live.entry.grad is not None:
             self.grads[evolve(slot, stage=slot.stage - 1)] = live.entry.grad

@@ -36,14 +36,14 @@ def back(links: list[Link]) -> None:
         torch.autograd.backward([left for left, _ in roots], [grad for _, grad in roots])
 
 
-def tensors(carry: Carry) -> list[Tensor]:
-    """Return every tensor in a carry, those in it twice once."""
+def tensors(value: object) -> list[Tensor]:
+    """Return every tensor in a carry or another record, those in it twice once."""
     found: dict[int, Tensor] = {}
 
     def take(tensor: Tensor) -> Tensor:
         return found.setdefault(id(tensor), tensor)
 
-    _mapped(take, carry)
+    _mapped(take, value)
     return list(found.values())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pipeline_at_work import PIPELINES, SEQUENCES, Worked, experiment, on_one, step
 
-from tangram.core import executor
+from tangram.core.lanes import Lanes
 from tangram.core.model import build_model
 from tangram.core.plan import sequential
 from tangram.core.records import Progress
@@ -67,7 +67,7 @@ def test_more_stages_than_layers_are_refused():
 def test_a_pair_side_by_side_is_one_after_the_other_bit_for_bit(monkeypatch):
     plan = on_one_rank(PLANS["dualpipe"])
     pairs = step(plan, LAYERS)
-    monkeypatch.setattr(executor, "side_by_side", lambda *works: [list(work) for work in works])
+    monkeypatch.setattr(Lanes, "side_by_side", lambda _, *works: [list(work) for work in works])
     in_turn = step(plan, LAYERS)
     assert pairs[0] == in_turn[0]
     assert torch.equal(pairs[1], in_turn[1])
@@ -82,5 +82,6 @@ def test_the_phases_of_a_pair_take_turns_and_what_computes_is_issued_first():
             yield lane
             done.append(f"{name}{number}")
 
-    executor.side_by_side(work("f", ["compute", "comm", "compute"]), work("b", ["comm", "compute", "comm", "comm"]))
+    lanes = Lanes(torch.device("cpu"))
+    lanes.side_by_side(work("f", ["compute", "comm", "compute"]), work("b", ["comm", "compute", "comm", "comm"]))
     assert done == ["f0", "b0", "b1", "f1", "f2", "b2", "b3"]

@@ -29,9 +29,10 @@ Worked = tuple[dict[str, float], torch.Tensor, dict[str, torch.Tensor]]
 """Losses, loads and gradients."""
 
 
-def experiment(layers: int, sequences: int):
+def experiment(layers: int, sequences: int, *overrides: str):
     """Return the small V3 in float64 with MTP of depth 2."""
-    return exact(f"model.blocks.1.repeat={layers - 1}", "objectives.mtp.depth=2", f"train.batch_sequences={sequences}")
+    sizes = f"model.blocks.1.repeat={layers - 1}", f"train.batch_sequences={sequences}"
+    return exact(*sizes, "objectives.mtp.depth=2", *overrides)
 
 
 def on_one(stages: int) -> Parallel:
@@ -39,11 +40,12 @@ def on_one(stages: int) -> Parallel:
     return Parallel(layout=Layout({(0, stage): 0 for stage in range(stages)}))
 
 
-def step(plan: Plan, layers: int) -> Worked:
+def step(plan: Plan, layers: int, *overrides: str, device: str | torch.device = "cpu") -> Worked:
     """Work one step of a plan of one rank, and return what it left here."""
     sequences = sum(plan.microbatches)
-    wanted, parallel = experiment(layers, sequences), Parallel(layout=Layout(plan.place))
-    model = build_model(wanted, 3, parallel=parallel)
+    wanted = experiment(layers, sequences, *overrides)
+    parallel = Parallel(layout=Layout(plan.place), device=torch.device(device))
+    model = build_model(wanted, 3, device, parallel)
     data = wanted.data.build(wanted.train, wanted.model.vocab_size)
     executor = Executor(model, lambda _: plan, 1, parallel, lambda: None)
     result = executor.run(data.batch(Progress(), sequences), Progress())

@@ -2,8 +2,9 @@
 
 import decoders_at_work
 import pytest
+import torch
 
-from tangram.core.lanes import side_by_side
+from tangram.core.lanes import Lanes
 from tangram.testing import run_ranks
 
 
@@ -30,6 +31,6 @@ def test_what_sends_meets_what_computes() -> None:
             yield lane
             seen.append((name, lane))
 
-    side_by_side(work("a", 0), work("b", 1))
+    Lanes(torch.device("cpu")).side_by_side(work("a", 0), work("b", 1))
     pairs = [{lane for _, lane in seen[i : i + 2]} for i in range(1, len(seen) - 1, 2)]
     assert all(pair == {"compute", "comm"} for pair in pairs)
