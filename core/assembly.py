@@ -13,6 +13,7 @@ from tangram.core.experiment import Experiment
 from tangram.core.layout import Layout
 from tangram.core.model import Model, build_model
 from tangram.core.plan import split
+from tangram.core.process import own_device
 from tangram.core.records import Progress
 from tangram.core.step import Trainer
 
@@ -47,21 +48,23 @@ class Seat:
         return self.rank == 0
 
 
-ALONE = Seat()
+def alone() -> Seat:
+    """Return the seat of a process that has no others."""
+    return Seat(device=own_device())
 
 
-def assemble(experiment: Experiment, seat: Seat = ALONE, *, trains: bool = True) -> Trainer:
+def assemble(experiment: Experiment, seat: Seat | None = None, *, trains: bool = True) -> Trainer:
     """Build everything that a rank's steps work on.
 
     Args:
         experiment: The resolved preset.
-        seat: Which rank this is.
+        seat: Which rank this is; by default it is alone.
         trains: Whether it is to take steps; else this one process holds the whole model, whatever trained it.
 
     Raises:
         BuildError: A component refuses its surroundings; the message begins with its dotted path.
     """
-    train = experiment.train
+    train, seat = experiment.train, seat or alone()
     data = built("data", experiment.data.build, train, experiment.model.vocab_size)
     pipeline = built("parallel.pipeline", experiment.parallel.pipeline.build)
     layout = Layout()

@@ -5,8 +5,6 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from tangram.core.plugins import Plugins
 from tangram.core.process import versions
 from tangram.kernels import native_bfloat16, paths
@@ -37,7 +35,7 @@ def examine(plugins: Plugins) -> dict[str, object]:
         "tangram": _version("tangram-lm"),
         "python": versions()["python"],
         **{name: _version(name) for name in _PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": versions()["device"],
         "cores": os.cpu_count() or 1,
         "operations on a CPU": taken["cpu"],
         "operations on a GPU": taken["cuda"],

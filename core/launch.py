@@ -15,7 +15,9 @@ from torch import distributed
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from tangram.core.assembly import ALONE, Seat
+from tangram.core.assembly import Seat, alone
+from tangram.core.process import own_device
+from tangram.core.session import RunError
 from tangram.core.terminal import FAILED, KILLED, OK, STOPPED
 
 _RESTARTS = 5
@@ -35,13 +37,17 @@ _UNREAD = 5.0
 
 
 def take_seat() -> Seat:
-    """Return which rank this process is, by what torchrun told it, and join the others; alone where it told nothing."""
+    """Return which rank this process is, by what torchrun told it, and join the others; alone where it told nothing.
+
+    Raises:
+        RunError: The processes of this machine are more than its GPUs.
+    """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
-        return ALONE
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return alone()
+    _have_a_gpu_each(int(os.environ["LOCAL_WORLD_SIZE"]))
+    device = own_device(int(os.environ["LOCAL_RANK"]))
+    if device.type != "cpu":
         torch.cuda.set_device(device)
     store, rank, ranks = next(rendezvous("env://"))
     meetings = meet(store, rank, ranks)
@@ -49,6 +55,15 @@ def take_seat() -> Seat:
     # Told its device, NCCL would put all messages of a group in one queue: channels count on one for each two ranks.
     distributed.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=rank, world_size=ranks)
     return Seat(rank, ranks, device, max(meetings, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
+
+
+def _have_a_gpu_each(processes: int) -> None:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else processes
+    if gpus < processes:
+        raise RunError(
+            f"{processes} processes, and this machine has {gpus} GPU{'s' * (gpus != 1)}: start one for each, or set "
+            "CUDA_VISIBLE_DEVICES to nothing so that they compute on the CPU"
+        )
 
 
 def meet(store: Store, rank: int, ranks: int) -> int:
@@ -90,7 +105,11 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     """Run the command line `arguments` in `nproc` processes under torchrun's agent; return the exit code.
 
     If a process dies, all are started again and go on from the last checkpoint.
+
+    Raises:
+        RunError: They are more than this machine's GPUs.
     """
+    _have_a_gpu_each(nproc)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

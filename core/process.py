@@ -4,6 +4,10 @@ import ctypes
 import os
 import platform
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -22,6 +26,13 @@ def settle() -> None:
             mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def own_device(place: int = 0) -> "torch.device":
+    """Return where the process of a place on this machine computes: at its GPU, or at the CPU where there is none."""
+    import torch
+
+    return torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def versions() -> dict[str, str]:
     """Return what the numbers of a run depend on."""
     from importlib import metadata
@@ -33,6 +44,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": str(torch.get_num_threads()),
     }
 

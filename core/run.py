@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tangram.core import checkpoint
-from tangram.core.assembly import ALONE, Seat, assemble, refuse_unfit
+from tangram.core.assembly import Seat, alone, assemble, refuse_unfit
 from tangram.core.checkpoint import Found, Team
 from tangram.core.config import Origin
 from tangram.core.context import built
@@ -49,7 +49,7 @@ def train(
     *,
     resume: bool | Found = False,
     origins: Mapping[str, Origin] = MappingProxyType({}),
-    seat: Seat = ALONE,
+    seat: Seat | None = None,
 ) -> Outcome:
     """Train an experiment into a run directory, by default runs/<name>-<hash>.
 
@@ -58,7 +58,7 @@ def train(
         out: The run directory.
         resume: Go on from the newest checkpoint, or from this one; a run that has none begins again.
         origins: Where each leaf of the preset was written, for the report.
-        seat: Which rank this process is; all ranks see one directory.
+        seat: Which rank this process is, by default alone; all ranks see one directory.
 
     Raises:
         RunError: The directory holds another run, or nothing to resume.
@@ -67,7 +67,7 @@ def train(
         RunInterruptedError: SIGINT or SIGTERM did; it stands in a checkpoint.
         CheckpointError: A checkpoint could not be written; those before it are whole.
     """
-    directory = directory_of(experiment, out)
+    directory, seat = directory_of(experiment, out), seat or alone()
     if seat.leads and not resume and (directory / RUN_PRESET).exists():
         raise RunError(f"{directory} holds a run already; continue it with --resume or choose another --out")
     run = assemble(experiment, seat)

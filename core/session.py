@@ -213,11 +213,12 @@ class Session:
     def _whole(self) -> Model | None:
         """Return the whole model on the first rank, as it was just saved; None elsewhere, and where it is too large."""
         run = self.run
-        if run.parallel.layout.ranks == 1:
+        if run.parallel.layout.ranks == run.model.n_stages == 1:
             return run.model
         if not self.leads or sum(p.nbytes for p in build_model(run.experiment, device="meta").parameters()) > _WHOLE:
             return None
-        model, found = build_model(run.experiment), checkpoint.newest(self.directory / "checkpoints")
+        model = build_model(run.experiment, device=run.parallel.device)
+        found = checkpoint.newest(self.directory / "checkpoints")
         assert found is not None
         checkpoint.load_model(found.path, model)
         return model

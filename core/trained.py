@@ -17,6 +17,7 @@ from tangram.core.interchange import import_model
 from tangram.core.model import Model, build_model
 from tangram.core.parts import Parts
 from tangram.core.presets import load_preset
+from tangram.core.process import own_device
 from tangram.core.provenance import RUN_PRESET
 from tangram.core.run import load_run
 from tangram.core.session import RunError
@@ -84,7 +85,7 @@ def load_offer(run: Path, plugins: Sequence[Path], *, speculate: bool) -> Offer:
 
 
 def load_model(run: Path, plugins: Sequence[Path], *, averaged: bool = False) -> Model:
-    """Return the model of a run, its weights mapped from the file: several processes share their pages.
+    """Return the model of a run, on a CPU its weights mapped from the file: several processes share their pages.
 
     Args:
         run: The run directory.
@@ -105,7 +106,7 @@ def load_model(run: Path, plugins: Sequence[Path], *, averaged: bool = False) ->
         model.load_state_dict({key: parts.read(key) for key in parts.keys()}, assign=True)  # noqa: SIM118 (no mapping)
     except RuntimeError as error:
         raise checkpoint.CheckpointError(f"{folder}: the model does not fit the experiment: {error}") from None
-    return model
+    return model.to(own_device())
 
 
 def _found(run: Path, plugins: Sequence[Path]) -> tuple[Experiment, Path]:

@@ -4,9 +4,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
 from tangram.core import launch
+from tangram.core.session import RunError
 
 RANKS = 4
 
@@ -49,3 +51,10 @@ def test_who_comes_before_the_first_rank_waits_for_it():
         assert list(pool.map(lambda rank: launch.meet(store, rank, RANKS), range(3))) == [1] * 3
     early.join(20)
     assert told == [1]
+
+
+def test_more_processes_than_gpus_are_refused_before_one_starts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RunError, match="2 processes, and this machine has 1 GPU: start one for each"):
+        launch.launch(["train", "v3-tiny"], 2)

@@ -7,14 +7,13 @@ another device; backward runs in a thread of its own. Streams are names: operati
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -211,6 +210,13 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def _each(fn: Callable[[Tensor], object], value: object) -> object:
+    """Return a value with `fn` done to every tensor in it."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    return type(value)(_each(fn, part) for part in value) if isinstance(value, list | tuple) else value
+
+
 def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
     """Do an operation on the bytes of its tensors."""
     places, names, wanted = _written_to(op)
@@ -232,12 +238,10 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
     plain_args = [
         torch.scalar_tensor(arg, dtype=torch.float64 if isinstance(arg, float) else torch.int64)
         if place in wanted and isinstance(arg, int | float)  # a number that was wrapped comes as a number
-        else tree_map_only(Tensor, seen(writes if place in places else reads), arg)
+        else _each(seen(writes if place in places else reads), arg)
         for place, arg in enumerate(args)
     ]
-    plain_kwargs = {
-        name: tree_map_only(Tensor, seen(writes if name in names else reads), arg) for name, arg in kwargs.items()
-    }
+    plain_kwargs = {name: _each(seen(writes if name in names else reads), arg) for name, arg in kwargs.items()}
     if "device" in kwargs:
         plain_kwargs["device"] = torch.device("cpu")
 
@@ -251,8 +255,8 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
         return _adopted(tensor)
 
     found = op(*plain_args, **plain_kwargs)
-    result = tree_map_only(Tensor, back, found)
-    tree_map_only(Tensor, lambda tensor: writes.add(_place(tensor)), result)
+    result = _each(back, found)
+    _each(lambda tensor: writes.add(_place(tensor)), result)
     read = op._schema.name in _READ
     _timeline.run(op._schema.name, reads, writes, _current[-1], waited_for=read)
     return result

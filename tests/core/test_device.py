@@ -1,0 +1,129 @@
+"""A run on an accelerator is the run on a CPU; nothing mixes the two."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import accelerator
+import pytest
+import torch
+from corpus import folder
+from tiny import exact, tiny
+
+from tangram.core import build_model
+from tangram.core.assembly import Seat, assemble
+from tangram.core.checkpoint import Found
+from tangram.core.decoding import Decoder, step_together
+from tangram.core.experiment import Experiment
+from tangram.core.model import Model
+from tangram.core.run import train
+from tangram.core.sampling import Sampling
+from tangram.core.session import Outcome
+from tangram.core.step import train_step
+from tangram.plugins.data.text import TextConfig
+
+CPU = torch.device("cpu")
+
+
+def written(*overrides: str) -> Experiment:
+    """Return an experiment on text, whose run evaluates and tries its drafts."""
+    files = json.dumps(list(TextConfig.example(folder()).files))
+    return exact(
+        "model.blocks.1={repeat: 1}",
+        "model.vocab_size=280",
+        f"data={{use: text, corpus: files, files: {files}, held_out_every: 12}}",
+        "train={sequence_length: 16, micro_sequences: 4, tokens: 128, checkpoint_every: 1}",
+        "observers.ema.decay=0.5",
+        *overrides,
+    )
+
+
+def weights(model: Model) -> Mapping[str, torch.Tensor]:
+    return {address: tensor.cpu() for address, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """Return what becomes of a run on a CPU and on the accelerator."""
+    root = tmp_path_factory.mktemp("runs")
+    return [train(written(), root / d.type, seat=Seat(device=d)) for d in (CPU, accelerator.DEVICE)]
+
+
+def test_it_begins_with_the_same_weights_bit_for_bit() -> None:
+    here, there = (build_model(tiny(), 3, device) for device in (CPU, accelerator.DEVICE))
+    assert all(tensor.device == accelerator.DEVICE for tensor in there.state_dict().values())
+    for address, tensor in weights(here).items():
+        assert torch.equal(tensor, weights(there)[address]), address
+
+
+def test_it_ends_as_on_a_cpu(outcomes: list[Outcome]) -> None:
+    here, there = outcomes
+    assert here.evaluation is not None
+    assert there.evaluation is not None
+    assert there.evaluation.losses == pytest.approx(here.evaluation.losses, rel=1e-12)
+    assert there.averaged["ema"].losses == pytest.approx(here.averaged["ema"].losses, rel=1e-12)
+    assert there.speculation == here.speculation
+    assert there.dead == here.dead == ()
+
+
+@pytest.mark.parametrize("device", [CPU, accelerator.DEVICE], ids=str)
+def test_it_goes_on_from_what_the_other_saved(outcomes: list[Outcome], device: torch.device) -> None:
+    other = outcomes[device == CPU]
+    saved = Found(other.directory / "checkpoints" / "step-1", 1)
+    resumed = train(written(), other.directory, resume=saved, seat=Seat(device=device))
+    assert resumed.evaluation is not None
+    assert other.evaluation is not None
+    assert resumed.evaluation.now == other.evaluation.now
+    assert resumed.evaluation.losses == pytest.approx(other.evaluation.losses, rel=1e-12)
+
+
+FP8 = "precision={use: fp8, compute: float32}"
+FLOAT64 = "precision.compute=float64"
+MUON = "optimizer={use: muon}"
+MOMENTS = "optimizer={use: adamw, moments: bfloat16}"
+GQA = "model.block.attention={use: gqa, n_heads: 2, n_kv_heads: 1, head_dim: 8}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bound"),
+    [
+        ((FP8,), 1e-5),
+        ((FLOAT64, MUON, "model.recompute=full"), 1e-12),
+        ((FLOAT64, MOMENTS, "model.recompute=selective"), 1e-12),
+        ((FLOAT64, GQA), 1e-12),
+    ],
+    ids=["fp8", "muon", "moments", "gqa"],
+)
+def test_steps_of_other_pieces_are_those_of_a_cpu(overrides: tuple[str, ...], bound: float) -> None:
+    losses = []
+    for device in (CPU, accelerator.DEVICE):
+        run = assemble(tiny(*overrides, "train.batch_sequences=2"), Seat(device=device))
+        steps = [train_step(run, run.data.batch(run.progress, 2)) for _ in range(2)]
+        losses.append([step.result.total for step in steps])
+    assert losses[1] == pytest.approx(losses[0], rel=bound)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_decoders_side_by_side_say_what_they_say_on_a_cpu(speculate: bool) -> None:
+    prompts = [[[1, 2, 3], [4, 5]], [[6, 7, 8, 9]]]
+    said = []
+    for device in (CPU, accelerator.DEVICE):
+        model = build_model(exact(), 3, device)
+        decoders = [Decoder(model, 16, speculate=speculate) for _ in prompts]
+        with accelerator.timeline() as done:
+            for decoder, some in zip(decoders, prompts, strict=True):
+                decoder.admit(some, [Sampling(temperature=0.7, seed=len(prompt)) for prompt in some])
+            for _ in range(4):
+                step_together(*decoders)
+            decoders[1].take(decoders[0].release(0))
+            step_together(*decoders)
+        assert done.faults == []
+        said.append([one.tokens for decoder in decoders for one in decoder.running])
+    assert said[0] == said[1]
+
+
+def test_one_process_works_several_stages_to_the_end_of_a_run(tmp_path: Path) -> None:
+    two = "parallel={pipeline: {use: dualpipev}}"
+    outcome = train(written(two, "train.tokens=64", "train.micro_sequences=1", "train.prompt=de"), tmp_path / "run")
+    assert outcome.sample.startswith("de")
+    assert outcome.speculation
