@@ -16,7 +16,7 @@ from tangram.core.contracts import Cache, Tokenizer
 from tangram.core.lanes import Lanes
 from tangram.core.model import Model
 from tangram.core.recorded import Recorded
-from tangram.core.records import Batch, Carry, Progress
+from tangram.core.records import Batch, Carry, Progress, one_document
 from tangram.core.sampling import Sampling
 from tangram.core.speculation import Drafts, Running, Tally, agreed, judged
 
@@ -191,7 +191,7 @@ class Decoder:
 
     def _phases(self, tokens: Tensor, positions: Tensor, trunk: Sequence[Cache]) -> Generator[str, None, Tensor]:
         """Return the residual stream [B, S, D] of tokens [B, S] at positions [B, S]; before each phase, its lane."""
-        batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
+        batch = Batch(tokens, None, positions, one_document(tokens), 0, len(tokens))
         carry, lane = Carry(), ""
         for phase in self.model.phases(0, batch, Progress(), trunk):
             yield phase.lane

@@ -14,7 +14,7 @@ from tangram.core.contracts import Cache, FeedForward, RoutingObjective, Shared,
 from tangram.core.experiment import Experiment
 from tangram.core.layers import OutputHead, RMSNorm, TokenEmbedding, norm
 from tangram.core.plan import split
-from tangram.core.records import Batch, Carry, Loss, Phase, Progress
+from tangram.core.records import Batch, Carry, Loss, Phase, Progress, one_document
 
 
 class Model(nn.Module):
@@ -189,7 +189,7 @@ class Model(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the logits [B, S, V], at least float32, of tokens int64 [B, S], each row one document."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
+        batch = Batch(tokens, None, positions, one_document(tokens), 0, len(tokens))
         trunk = self(batch, Progress()).trunk
         shared = self.shared
         return shared.head(shared.norm(trunk))

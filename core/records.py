@@ -85,8 +85,13 @@ class Batch:
             tokens=self.tokens.to(device),
             targets=None if self.targets is None else self.targets.to(device),
             positions=self.positions.to(device),
-            segments=self.segments.to(device),
+            segments=self._segments_on(device),
         )
+
+    def _segments_on(self, device: torch.device) -> Tensor:
+        if self.segments.numel() and not any(self.segments.stride()):
+            return self.segments[0, 0].to(device).expand_as(self.segments)  # still one number
+        return self.segments.to(device)
 
     def micro(self, index: int, count: int) -> "Batch":
         """Return micro-batch `index` of `count` equal ones.
@@ -98,6 +103,14 @@ class Batch:
         if rest:
             raise ValueError(f"{len(self.tokens)} sequences do not divide into {count} micro-batches")
         return self.rows(index * size, (index + 1) * size)
+
+
+def one_document(tokens: Tensor) -> Tensor:
+    """Return the segments of tokens [B, S] of which each row is one document, int64 [B, S].
+
+    It is one number, expanded: who reads the strides need not ask a device whether there are documents.
+    """
+    return torch.zeros((), dtype=torch.int64, device=tokens.device).expand(tokens.shape)
 
 
 @frozen(eq=False)

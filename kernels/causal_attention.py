@@ -30,10 +30,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Te
         k: Keys [B, S, H, Dk].
         v: Values [B, S, H, Dv].
         scale: Multiplies the scores.
-        segments: Document numbers, not decreasing along S, int64 [B, S].
+        segments: Document numbers, not decreasing along S, int64 [B, S]. A GPU is asked for them, which takes its
+            time, unless they are one number that was expanded.
     """
     # A tensor without memory says nothing of documents, and counts as one.
-    if q.is_meta or bool((segments[:, 0] == segments[:, -1]).all()):
+    if q.is_meta or not any(segments.stride()) or bool((segments[:, 0] == segments[:, -1]).all()):
         return _whole(q, k, v, scale)
     rows = []
     for row, numbers in enumerate(segments):

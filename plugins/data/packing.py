@@ -12,7 +12,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tangram.core.records import IGNORE, Batch
+from tangram.core.records import IGNORE, Batch, one_document
 
 Int64 = NDArray[np.int64]
 
@@ -81,18 +81,19 @@ def pack(windows: Int64, *, bos: int | None = None, pad: int | None = None) -> B
     """
     tokens, targets = windows[:, :-1], windows[:, 1:]
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    segments = np.zeros_like(tokens)
+    segments = None
     if bos is not None:
         begins = tokens == bos
         begins[:, 0] = True
         positions = positions - np.maximum.accumulate(np.where(begins, positions, 0), axis=1)
-        segments = np.cumsum(begins, axis=1) - 1
+        segments = _tensor(np.cumsum(begins, axis=1) - 1)
     targets = np.where(np.isin(targets, [i for i in (bos, pad) if i is not None]), IGNORE, targets)
+    inputs = _tensor(tokens)
     return Batch(
-        tokens=_tensor(tokens),
+        tokens=inputs,
         targets=_tensor(targets),
         positions=_tensor(positions),
-        segments=_tensor(segments),
+        segments=one_document(inputs) if segments is None else segments,
         n_targets=int((targets != IGNORE).sum()),
         n_sequences=len(windows),
     )

@@ -13,7 +13,7 @@ from tangram.core.continuation import Request, continue_all
 from tangram.core.contracts import Tokenizer
 from tangram.core.decoding import Decoder
 from tangram.core.model import Model
-from tangram.core.records import Batch, Carry, Progress
+from tangram.core.records import Batch, Carry, Progress, one_document
 from tangram.core.sampling import Sampling
 
 _LOGITS_AT_ONCE = 512
@@ -141,7 +141,7 @@ class Scorer:
     def _trunk(self, tokens: Tensor) -> Tensor:
         """Return the residual stream [B, S, D] of tokens [B, S], each row one document."""
         positions = torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)
-        batch = Batch(tokens, None, positions, torch.zeros_like(tokens), 0, len(tokens))
+        batch = Batch(tokens, None, positions, one_document(tokens), 0, len(tokens))
         carry: Carry = self._model(batch, Progress())
         assert carry.trunk is not None
         return carry.trunk

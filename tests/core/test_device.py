@@ -16,6 +16,7 @@ from tangram.core.checkpoint import Found
 from tangram.core.decoding import Decoder, step_together
 from tangram.core.experiment import Experiment
 from tangram.core.model import Model
+from tangram.core.records import Batch, one_document
 from tangram.core.run import train
 from tangram.core.sampling import Sampling
 from tangram.core.session import Outcome
@@ -120,6 +121,18 @@ def test_decoders_side_by_side_say_what_they_say_on_a_cpu(speculate: bool) -> No
         assert done.faults == []
         said.append([one.tokens for decoder in decoders for one in decoder.running])
     assert said[0] == said[1]
+
+
+def test_attention_asks_a_device_nothing_of_rows_that_are_one_document() -> None:
+    model = build_model(tiny(), 3, accelerator.DEVICE)
+    tokens = torch.zeros(2, 12, dtype=torch.int64)
+    batch = Batch(tokens, None, tokens, one_document(tokens), 24, 2).to(accelerator.DEVICE)
+    x = torch.randn(2, 12, 16).to(accelerator.DEVICE).requires_grad_()
+    with accelerator.timeline() as done:
+        model.blocks["0"].attention(x, batch.positions, batch.segments).sum().backward()
+    assert done.waits == []
+    model.blocks["0"].attention(x, batch.positions, batch.positions)
+    assert done.waits, "documents that are not known are asked for"
 
 
 def test_one_process_works_several_stages_to_the_end_of_a_run(tmp_path: Path) -> None:

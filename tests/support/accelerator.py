@@ -29,10 +29,12 @@ class Timeline:
 
     Attributes:
         faults: What real streams could have run in another order, or on memory that was given away, in words.
+        waits: Operations for which the host waited.
     """
 
     def __init__(self) -> None:
         self.faults: list[str] = []
+        self.waits: list[str] = []
         self._clocks: dict[int, Clock] = defaultdict(dict)
         self._host: Clock = {}
         self._written: dict[int, tuple[int, int, str]] = {}
@@ -74,6 +76,7 @@ class Timeline:
         for place in reads - writes:
             self._read[place][stream] = now, name
         if waited_for:
+            self.waits.append(name)
             _advance(self._host, clock)
 
     def _ordered(self, name: str, stream: int, place: int, use: tuple[int, int, str] | None, does: str) -> None:
