@@ -32,12 +32,12 @@ def side(name: str, preset: str, link: Connection) -> None:
     import torch
 
     from tangram.core import load_preset
-    from tangram.core.assembly import assemble
+    from tangram.core.assembly import Seat, assemble
     from tangram.core.step import train_step
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    run = assemble(load_preset(preset, SIDES[name]))
+    run = assemble(load_preset(preset, SIDES[name]), Seat())
     sequences = int(run.experiment.train.batch_sequences(run.progress))
     while link.recv():
         batch = run.data.batch(run.progress, sequences)

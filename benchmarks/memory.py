@@ -31,12 +31,12 @@ from attrs import evolve
 
 from tangram.core import build_model, load_preset
 from tangram.core.activations import kept_bytes, predict
-from tangram.core.assembly import assemble, sequences_at
+from tangram.core.assembly import Seat, assemble, sequences_at
 from tangram.core.experiment import RECOMPUTE, Experiment
 from tangram.core.model import Model
 from tangram.core.plugins import run_manager
 from tangram.core.process import settle
-from tangram.core.records import Batch, Progress
+from tangram.core.records import Batch, Progress, one_document
 from tangram.core.session import RunView
 from tangram.core.step import Trainer, train_step
 
@@ -48,12 +48,12 @@ def under(experiment: Experiment, recompute: str) -> Experiment:
     return evolve(experiment, model=evolve(experiment.model, recompute=recompute))
 
 
-def one_document(experiment: Experiment) -> Batch:
+def of_one_document_each(experiment: Experiment) -> Batch:
     """Return a micro-batch of drawn tokens, every row one document."""
     train = experiment.train
     tokens = torch.randint(experiment.model.vocab_size, (train.micro_sequences, train.sequence_length))
     positions = torch.arange(train.sequence_length).expand_as(tokens)
-    return Batch(tokens, tokens, positions, torch.zeros_like(tokens), tokens.numel(), len(tokens))
+    return Batch(tokens, tokens, positions, one_document(tokens), tokens.numel(), len(tokens))
 
 
 def print_activations(name: str, rounds: int) -> None:
@@ -90,7 +90,7 @@ def most_documents(experiment: Experiment) -> Batch:
 
 def step_costs(experiment: Experiment, rounds: int) -> dict[str, list[float]]:
     """Return the CPU seconds of a step under each setting over those under `none` in the same round."""
-    runs = {recompute: assemble(under(experiment, recompute)) for recompute in RECOMPUTE}
+    runs = {recompute: assemble(under(experiment, recompute), Seat()) for recompute in RECOMPUTE}
     costs: dict[str, list[float]] = {recompute: [] for recompute in RECOMPUTE}
     for i in range(WARM_UP + rounds):
         seconds = {recompute: take(run, 1)[1] for recompute, run in runs.items()}
@@ -112,7 +112,7 @@ def print_growth(name: str, recompute: str) -> None:
     """Print by how many bytes this process grows in a forward, whose blocks the environment has mapped one by one."""
     torch.set_num_threads(1)
     experiment = under(load_preset(name), recompute)
-    model, batch = build_model(experiment), one_document(experiment)
+    model, batch = build_model(experiment), of_one_document_each(experiment)
     for loss in forward(model, batch):  # a first pass loads what is loaded once
         loss.backward(retain_graph=True)
     model.zero_grad(set_to_none=True)
@@ -137,7 +137,7 @@ def resident() -> int:
 def print_average(name: str, rounds: int, steps: int) -> None:
     """Print what the moving average costs of a step."""
     experiment = load_preset(name)
-    run, ema = assemble(experiment), experiment.observers["ema"].build()
+    run, ema = assemble(experiment, Seat()), experiment.observers["ema"].build()
     hook = run_manager({"ema": ema}).hook
     with tempfile.TemporaryDirectory() as folder:
         view = RunView(experiment, Path(folder), run.progress, {}, 0)
@@ -173,7 +173,7 @@ def print_average(name: str, rounds: int, steps: int) -> None:
 def print_moments(name: str) -> None:
     """Print the size of the optimizer's state by the dtype of its moments."""
     for moments in ("float32", "bfloat16"):
-        run = assemble(load_preset(name, f"optimizer={{use: adamw, moments: {moments}}}"))
+        run = assemble(load_preset(name, f"optimizer={{use: adamw, moments: {moments}}}"), Seat())
         take(run, 1)
         tensors = [t for state in run.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         weights = sum(parameter.nbytes for parameter in run.model.parameters())

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tangram.core import load_preset
-from tangram.core.assembly import assemble
+from tangram.core.assembly import Seat, assemble
 from tangram.core.experiment import Experiment
 from tangram.core.model import Model
-from tangram.core.records import IGNORE, Batch
+from tangram.core.records import IGNORE, Batch, one_document
 from tangram.plugins.attention.mla import MLAConfig
 from tangram.plugins.moe.group_limited import GroupLimitedConfig
 from tangram.plugins.moe.moe import MoEConfig
@@ -192,7 +192,7 @@ def batch_of(ids: Tensor) -> Batch:
     targets = torch.full_like(ids, IGNORE)
     targets[:, :-1] = ids[:, 1:]
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return Batch(ids, targets, positions, torch.zeros_like(ids), int((targets != IGNORE).sum()), len(ids))
+    return Batch(ids, targets, positions, one_document(ids), int((targets != IGNORE).sum()), len(ids))
 
 
 def compare(size: str, device: str = "cpu", length: int = LENGTH) -> None:
@@ -202,11 +202,10 @@ def compare(size: str, device: str = "cpu", length: int = LENGTH) -> None:
         SystemExit: They do not.
     """
     with_two = experiment(size, "float32", 2)
-    run = assemble(with_two)
+    run = assemble(with_two, Seat(device=torch.device(device)))
     for parameter in run.model.parameters():
         parameter.data *= 3 if parameter.ndim > 1 else 1  # or the routing would be nearly flat
     other = twin(run.model, with_two).to(device)
-    run.model.to(device)
     ids = tokens(with_two.model.vocab_size, 2, 0, length).to(device)
     ours = run.executor.run(batch_of(ids), run.progress).losses["next_token"]
     theirs = other(input_ids=ids, labels=ids).loss

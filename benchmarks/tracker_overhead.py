@@ -23,7 +23,7 @@ import torch
 from attrs import frozen
 
 from tangram.core import load_preset
-from tangram.core.assembly import assemble, sequences_at
+from tangram.core.assembly import Seat, assemble, sequences_at
 from tangram.core.plugins import run_manager
 from tangram.core.process import settle
 from tangram.core.records import StepReport
@@ -65,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["WANDB_MODE"] = "offline"
     experiment = load_preset(asked.preset, "data={use: synthetic}", "observers={wandb: {}}")
-    run = assemble(experiment)
+    run = assemble(experiment, Seat())
     hook = run_manager({"wandb": experiment.observers["wandb"].build()}).hook
     with tempfile.TemporaryDirectory() as folder:
         view = RunView(experiment, Path(folder), run.progress, {}, 0)

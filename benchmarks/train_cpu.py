@@ -20,7 +20,7 @@ import peer
 import torch
 from torch.nn import functional as F
 
-from tangram.core.assembly import assemble
+from tangram.core.assembly import Seat, assemble
 from tangram.core.process import settle
 from tangram.core.step import train_step
 
@@ -38,7 +38,7 @@ def padded(module, query, key, value, mask, scaling, dropout=0.0, **_):  # type:
 def stepper(side: str, size: str, compute: str, batch: int) -> Callable[[int], float]:
     """Return a function that takes the step with a given seed and returns its loss."""
     experiment = peer.experiment(size, compute, batch)
-    run = assemble(experiment)
+    run = assemble(experiment, Seat())
     if side == "tangram":
         return lambda seed: train_step(
             run, peer.batch_of(peer.tokens(experiment.model.vocab_size, batch, seed))

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tangram.core.assembly import assemble
+from tangram.core.assembly import Seat, assemble
 from tangram.core.experiment import Experiment
 from tangram.core.step import Trainer, train_step
 
@@ -39,13 +39,12 @@ Step = Callable[[torch.Tensor], float]
 def stepper(side: str, size: str, batch: int, device: str) -> Step:
     """Return a function that takes a step on tokens [B, S] and returns its loss."""
     experiment = peer.experiment(size, SIDES[side], batch, "optimizer.moments=bfloat16")
-    run = assemble(experiment)
-    return theirs(run, experiment, device) if side == PEER else ours(run, device)
+    run = assemble(experiment, Seat(device=torch.device(device)))
+    return theirs(run, experiment, device) if side == PEER else ours(run)
 
 
-def ours(run: Trainer, device: str) -> Step:
+def ours(run: Trainer) -> Step:
     """Return tangram's step."""
-    run.model.to(device)  # a parameter stays the one that the optimizer knows
     return lambda ids: train_step(run, peer.batch_of(ids)).result.losses["next_token"]
 
 
