@@ -66,7 +66,7 @@ def print_activations(name: str, rounds: int) -> None:
     for recompute in RECOMPUTE:
         asked = under(experiment, recompute)
         model = build_model(asked)
-        counted, isolated = (kept_bytes(model, batch) for batch in (one_document(asked), crowded))
+        counted, isolated = (kept_bytes(model, batch) for batch in (of_one_document_each(asked), crowded))
         child = subprocess.run(
             [sys.executable, __file__, "--presets", name, "--grow", recompute],
             env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
