@@ -1,18 +1,15 @@
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from attrs import evolve
+from chain import Chain, small_batch
 from tiny import backward, exact, trainer
-from torch import nn
 
-from tangram.core.autograd import WeightGrads
-from tangram.core.context import Context, Parallel
+from tangram.core.context import Parallel
 from tangram.core.executor import Executor
-from tangram.core.layers import Linear
 from tangram.core.layout import Layout
 from tangram.core.plan import Action, Op, Plan, Slot
-from tangram.core.records import Batch, Carry, Loss, Phase, Progress
+from tangram.core.records import Carry, Progress
 from tangram.testing import assert_close, assert_same_gradients
 
 
@@ -62,38 +59,6 @@ def test_the_total_is_the_weighted_sum() -> None:
     assert result.total == pytest.approx(sum(weights[name] * loss for name, loss in result.losses.items()))
 
 
-class Chain(nn.Module):
-    """A program of several stages with a loss on each, as routing objectives put one on inner stages."""
-
-    load_shape, dim, compute = (1, 1), 0, torch.float64
-
-    def __init__(self, n_stages: int) -> None:
-        super().__init__()
-        self.n_stages = n_stages
-        self.queue = WeightGrads()
-        ctx = Context(dim=6, parallel=Parallel(self.queue), init_std=0.5)
-        self.linears = nn.ModuleList(Linear(ctx, 6, 6) for _ in range(n_stages)).double()
-
-    def phases(self, stage: int, batch: Batch, now: Progress) -> Sequence[Phase]:
-        def enter(carry: Carry) -> Carry:
-            return evolve(carry, hidden=nn.functional.one_hot(batch.tokens, 6).double())
-
-        def run(carry: Carry) -> Carry:
-            hidden = self.linears[stage](carry.hidden).tanh()
-            loss = Loss(hidden.square().sum() / batch.n_sequences)
-            return evolve(carry, hidden=hidden, losses=(*carry.losses, ("square", loss)))
-
-        return [*([Phase("enter", "compute", enter)] if stage == 0 else []), Phase("run", "compute", run)]
-
-    def weights(self, now: Progress) -> Mapping[str, float]:
-        return {"square": 0.5}
-
-
-def _batch(n: int) -> Batch:
-    tokens = torch.randint(0, 6, (n, 5), generator=torch.Generator().manual_seed(1))
-    return Batch(tokens, tokens, tokens, torch.zeros_like(tokens), tokens.numel(), n)
-
-
 def _staged(backward: Sequence[Op]) -> Callable[[int], Plan]:
     def plan(microbatches: int) -> Plan:
         slots = [[Slot(0, stage, m) for stage in range(3)] for m in range(microbatches)]
@@ -108,7 +73,7 @@ def _staged(backward: Sequence[Op]) -> Callable[[int], Plan]:
 @pytest.mark.parametrize("ops", [[Op.BACKWARD], [Op.INPUT_BACKWARD, Op.WEIGHT_BACKWARD]])
 def test_stages_and_split_backward_give_the_gradients_of_one_graph(ops: list[Op]) -> None:
     torch.manual_seed(0)
-    program, batch = Chain(3), _batch(4)
+    program, batch = Chain(3), small_batch(4)
     reduced: list[bool] = []
     parallel = Parallel(program.queue, Layout(dict.fromkeys([(0, 0), (0, 1), (0, 2)], 0)))
 
@@ -137,7 +102,7 @@ def test_input_backward_alone_leaves_the_weights_of_linears_without_gradient() -
     with queue.deferred() as pending:
         carry = Carry()
         for stage in range(3):
-            for phase in program.phases(stage, _batch(2), Progress()):
+            for phase in program.phases(stage, small_batch(2), Progress()):
                 carry = phase.fn(carry)
         carry.losses[-1][1].value.backward()
     assert all(p.grad is None for p in program.parameters())

@@ -31,7 +31,9 @@ def test_every_rank_is_one_place(layout: Layout) -> None:
     assert len(set(places)) == len(places) == layout.ranks
     assert all(each.at(each.pipeline_rank) == each.rank for each in everyone(layout))
     for each in everyone(layout):
-        assert {evolve(layout, rank=each.at(p)).data_rank for p in range(layout.pipeline_ranks)} == {each.data_rank}
+        pipeline = [evolve(layout, rank=rank) for rank in each.pipeline]
+        assert [other.pipeline_rank for other in pipeline] == list(range(layout.pipeline_ranks))
+        assert {other.data_rank for other in pipeline} == {each.data_rank}
 
 
 @given(layouts(), st.data())

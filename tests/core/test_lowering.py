@@ -56,6 +56,12 @@ def test_both_ends_of_a_channel_have_one_order(plan):
     assert messages(lowered, Send) == messages(lowered, Receive)
 
 
+@given(plan=plans())
+def test_channels_are_all_that_messages_go_over_in_one_order(plan):
+    lowered = lower(plan)
+    assert lowered.channels == sorted(messages(lowered, Send))
+
+
 def test_some_order_differs_from_that_of_need():
     # On eight ranks DualPipe needs what comes in another order than it is sent: a rank that received just in time
     # would take a gradient for hidden states.
