@@ -92,7 +92,7 @@ class Measured(Protocol):
 
 
 class Cache(Protocol):
-    """What attention keeps of earlier tokens of B sequences."""
+    """What attention keeps of earlier tokens of B sequences; what `truncate` and `fork` are given is on the CPU."""
 
     @property
     def lengths(self) -> Tensor:

@@ -26,7 +26,7 @@ def cut(carry: Carry) -> tuple[Carry, list[Link]]:
             links[id(tensor)] = tensor, tensor.detach().requires_grad_()
         return links[id(tensor)][1]
 
-    return _mapped(leaf, carry), list(links.values())
+    return mapped(leaf, carry), list(links.values())
 
 
 def back(links: list[Link]) -> None:
@@ -43,22 +43,22 @@ def tensors(value: object) -> list[Tensor]:
     def take(tensor: Tensor) -> Tensor:
         return found.setdefault(id(tensor), tensor)
 
-    _mapped(take, value)
+    mapped(take, value)
     return list(found.values())
 
 
-def _mapped(fn: Callable[[Tensor], Tensor], value: _T) -> _T:
+def mapped(fn: Callable[[Tensor], Tensor], value: _T) -> _T:
     """Return a record with `fn` done to every tensor in it: in records inside it, and in tuples."""
     if isinstance(value, Tensor):
         return cast(_T, fn(value))
     if isinstance(value, tuple):
-        parts = [_mapped(fn, part) for part in value]
+        parts = [mapped(fn, part) for part in value]
         if all(new is old for new, old in zip(parts, value, strict=True)):
             return value
         return cast(_T, type(value)(*parts) if hasattr(value, "_fields") else tuple(parts))
     kind: type = type(value)
     if attrs.has(kind):
         fields = {field.name: getattr(value, field.name) for field in attrs.fields(kind) if field.init}
-        changed = {name: new for name, old in fields.items() if (new := _mapped(fn, old)) is not old}
+        changed = {name: new for name, old in fields.items() if (new := mapped(fn, old)) is not old}
         return attrs.evolve(value, **changed) if changed else value  # type: ignore[misc]
     return value

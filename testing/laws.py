@@ -29,6 +29,7 @@ from tangram.core.context import BuildError
 from tangram.core.plugins import Plugins
 from tangram.core.registry import Registry, mark_of
 from tangram.core.structuring import plain, structure
+from tangram.testing.placing import placed
 from tangram.testing.strategies import configs
 from tangram.testing.yaml_line import yaml_line
 
@@ -41,6 +42,7 @@ Mutant = Callable[[Any], Any]
 """Takes what a config builds and returns it with one known fault, which its name and first line tell."""
 
 _C = TypeVar("_C", bound=Callable[..., None])
+_T = TypeVar("_T")
 
 
 @frozen(eq=False)
@@ -72,6 +74,10 @@ class Law:
     def sentence(self) -> str:
         """The law in words."""
         return (self.check.__doc__ or "").strip().partition("\n")[0]
+
+    def try_on(self, contract: "Contract", drawn: Mapping[str, Any]) -> None:
+        """Try it on what was drawn, on the contract's device; raise where it does not hold."""
+        self.check(contract, **{name: contract.placed(value) for name, value in drawn.items()})
 
 
 def law(
@@ -196,6 +202,11 @@ class Contract:
         """Return what the config builds, in small surroundings; only the contract of its slot knows how."""
         raise NotImplementedError
 
+    @classmethod
+    def placed(cls, value: _T) -> _T:
+        """Return tensors, in a record or tuple too, or a module on the contract's device."""
+        return placed(value, cls.device)
+
     @law()
     def every_field_is_documented(self, config: object) -> None:
         """Every field of the config has a line under `Attributes:`."""
@@ -233,7 +244,7 @@ def _test(contract: type[Contract], tried: Law) -> Callable[[Contract], None]:
     """Return the test of a law for pytest."""
 
     def check(self: Contract, **drawn: Any) -> None:
-        tried.check(self, **drawn)
+        tried.try_on(self, drawn)
 
     check.__name__ = check.__qualname__ = f"test_{tried.name}"
     check.__doc__ = tried.sentence
@@ -348,7 +359,7 @@ def examine(contract: type[Contract], tried: Law, *, mutant: Mutant | None = Non
     def check(**values: Any) -> None:
         drawn.clear()
         drawn.update(values)
-        tried.check(contract(), **values)
+        tried.try_on(contract(), values)
 
     check.__name__ = tried.name
     # That a mutant is killed is enough; how small the example is, is not.

@@ -11,6 +11,7 @@ from tangram.core.context import Context
 from tangram.core.contracts import Shared
 from tangram.core.layers import FullPrecision, OutputHead, TokenEmbedding, norm
 from tangram.core.records import IGNORE, Batch
+from tangram.testing.placing import placed
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -58,10 +59,10 @@ def packed(segments: Sequence[Sequence[int]], vocab_size: int, seed: int) -> Bat
 class Trunk:
     """What token objectives borrow, filled; and its parameters by name."""
 
-    def __init__(self, ctx: Context, vocab_size: int, seed: int) -> None:
-        self.embedding = filled(TokenEmbedding(ctx, vocab_size), seed)
-        self.norm = filled(norm(ctx, ctx.dim), seed + 1)
-        self.head = filled(OutputHead(ctx, vocab_size), seed + 2)
+    def __init__(self, ctx: Context, vocab_size: int, seed: int, device: str = "cpu") -> None:
+        self.embedding = placed(filled(TokenEmbedding(ctx, vocab_size), seed), device)
+        self.norm = placed(filled(norm(ctx, ctx.dim), seed + 1), device)
+        self.head = placed(filled(OutputHead(ctx, vocab_size), seed + 2), device)
         self.shared = Shared(self.embedding, self.norm, self.head)
 
     def parameters(self) -> dict[str, Tensor]:

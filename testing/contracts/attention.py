@@ -28,10 +28,6 @@ def _cuts(draw: st.DrawFn, rows: int = 2) -> list[list[int]]:
     return [torch.tensor([0, *draw(starts)]).cumsum(0).tolist() for _ in range(rows)]
 
 
-def _single(rows: int, length: int) -> tuple[Tensor, Tensor]:
-    return documents([[0] * length] * rows)
-
-
 class AttentionContract(DifferentiableContract):
     """The laws of the slot `attention`."""
 
@@ -42,20 +38,28 @@ class AttentionContract(DifferentiableContract):
 
     def x(self, rows: int, length: int, seed: int) -> Tensor:
         """Return drawn hidden states [rows, length, D]."""
-        return normal(rows, length, self.dim, seed=seed, dtype=self.dtype).to(self.device)
+        return self.placed(normal(rows, length, self.dim, seed=seed, dtype=self.dtype))
+
+    def documents(self, segments: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return positions, which start anew with each document, and segments, both [B, S]."""
+        return self.placed(documents(segments))
+
+    def single(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return positions and segments of rows that are one document each, both [rows, length]."""
+        return self.documents([[0] * length] * rows)
 
     def passed(self, module: Any, seed: int) -> Passed:
         """Put two packed rows through."""
         x = self.x(2, 5, seed).requires_grad_()
-        return Passed({"x": x}, {"out": module(x, *documents([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]))})
+        return Passed({"x": x}, {"out": module(x, *self.documents([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]))})
 
     @law(segments=_cuts(), at=st.integers(1, _LENGTH - 1), seed=seeds(), kills=[mutants.sees_the_future])
     def the_future_changes_nothing_before_it(self, config: Any, segments: list[list[int]], at: int, seed: int) -> None:
         """What comes later changes nothing before it, and something after."""
         module, x = self.built(config), self.x(2, _LENGTH, seed)
-        later = torch.arange(_LENGTH).expand(2, _LENGTH) >= at
+        later = torch.arange(_LENGTH, device=x.device).expand(2, _LENGTH) >= at
         changed = torch.where(later[..., None], self.x(2, _LENGTH, seed + 1), x)
-        before, after = (module(value, *documents(segments)) for value in (x, changed))
+        before, after = (module(value, *self.documents(segments)) for value in (x, changed))
         assert_close(after[:, :at], before[:, :at], length=self.length)
         assert not torch.equal(after[:, at:], before[:, at:]), "what is changed changes nothing"
 
@@ -71,17 +75,17 @@ class AttentionContract(DifferentiableContract):
     ) -> None:
         """A document in a packed row gives what it gives alone."""
         module, x = self.built(config), self.x(2, _LENGTH, seed)
-        positions, numbers = documents(segments)
+        positions, numbers = self.documents(segments)
         inside = numbers[row] == numbers[row, at]
         packed = module(x, positions, numbers)[row][inside]
         alone = x[row][inside][None]
-        assert_close(packed, module(alone, *_single(1, alone.shape[1]))[0], length=self.length)
+        assert_close(packed, module(alone, *self.single(1, alone.shape[1]))[0], length=self.length)
 
     @law(segments=_cuts(rows=3), seed=seeds(), kills=[mutants.mixes_rows])
     def a_row_does_not_know_the_others(self, config: Any, segments: list[list[int]], seed: int) -> None:
         """Row i of a batch gives what it gives alone."""
         module, x = self.built(config), self.x(3, _LENGTH, seed)
-        positions, numbers = documents(segments)
+        positions, numbers = self.documents(segments)
         whole = module(x, positions, numbers)
         for i in range(3):
             alone = module(x[i : i + 1], positions[i : i + 1], numbers[i : i + 1])
@@ -98,7 +102,7 @@ class AttentionContract(DifferentiableContract):
         """Prefill, decoding token by token, and any split of both give what one forward gives."""
         length = sum(split)
         module, x = self.built(config), self.x(2, length, seed)
-        positions, segments = _single(2, length)
+        positions, segments = self.single(2, length)
         expected = module(x, positions, segments)
         for sizes in (split, [1] * length, [length]):
             cache = module.new_cache(2, length + 3)
@@ -144,9 +148,9 @@ class AttentionContract(DifferentiableContract):
         out = _step(module, continued, fork, [3] * len(rows))
         for i, row in enumerate(rows):
             whole = torch.cat([x[row], continued[i]])[None]
-            assert_close(out[i], module(whole, *_single(1, 5))[0, 3:], length=self.length)
+            assert_close(out[i], module(whole, *self.single(1, 5))[0, 3:], length=self.length)
         own = self.x(2, 1, seed + 2)
-        whole = module(torch.cat([x, own], 1), *_single(2, 4))[:, 3:]
+        whole = module(torch.cat([x, own], 1), *self.single(2, 4))[:, 3:]
         assert_close(_step(module, own, cache, [3, 3]), whole, length=self.length)
 
     @law(
@@ -168,7 +172,7 @@ class AttentionContract(DifferentiableContract):
         out = _step(module, more, other, [2, 4])
         for i, before in enumerate((own, x[row : row + 1])):
             whole = torch.cat([before, more[i : i + 1]], 1)
-            assert_close(out[i], module(whole, *_single(1, whole.shape[1]))[0, -1:], length=self.length)
+            assert_close(out[i], module(whole, *self.single(1, whole.shape[1]))[0, -1:], length=self.length)
 
     @law(
         requires="cache",
@@ -182,7 +186,8 @@ class AttentionContract(DifferentiableContract):
         # Recordings are made where operations on few rows are compiled: in float32, on a CPU.
         module = filled(self.make(config, context(self.dim, compute=torch.float32)), seed)
         cache, x = module.new_cache(2, 8 * count), normal(2, 8 * count, self.dim, seed=seed, dtype=torch.float32)
-        positions, segments = _single(2, 8 * count)
+        x = self.placed(x)
+        positions, segments = self.single(2, 8 * count)
         whole = module(x, positions, segments)
         recorded = Recorded(lambda x, positions: (module(x, positions, torch.zeros_like(positions), cache),), [cache])
         for start in range(0, 8 * count, count):
@@ -209,7 +214,7 @@ class AttentionContract(DifferentiableContract):
 
 
 def _step(module: Attention, x: Tensor, cache: Cache, starts: Sequence[int]) -> Tensor:
-    positions = torch.tensor(starts)[:, None] + torch.arange(x.shape[1])
+    positions = torch.tensor(starts, device=x.device)[:, None] + torch.arange(x.shape[1], device=x.device)
     return module(x, positions, torch.zeros_like(positions), cache)
 
 

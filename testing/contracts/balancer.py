@@ -32,7 +32,7 @@ class BalancerContract(ModuleContract):
     @classmethod
     def make(cls, config: Any, ctx: Context | None = None) -> Any:
         """Return what the config builds."""
-        return config.build(ctx or cls.context(), _EXPERTS)
+        return cls.placed(config.build(ctx or cls.context(), _EXPERTS))
 
     def now(self, config: Any) -> Progress:
         """Return a moment at which a skewed load moves its biases; some moment if it is not adaptive.
@@ -44,7 +44,7 @@ class BalancerContract(ModuleContract):
             return MOMENTS[0]
         for now in MOMENTS:
             module = self.make(config)
-            module.update(torch.tensor([50, *[2] * (_EXPERTS - 1)]), now)
+            module.update(self.placed(torch.tensor([50, *[2] * (_EXPERTS - 1)])), now)
             if bool(module.bias().any()):
                 return now
         raise AssertionError("it says that it is adaptive, and no load moves it")
@@ -53,7 +53,7 @@ class BalancerContract(ModuleContract):
         """Return the balancer after steps with these loads."""
         module, now = self.make(config), self.now(config)
         for load in loads:
-            module.update(load.to(self.device), now)
+            module.update(self.placed(load), now)
         assert isinstance(module, Balancer)
         return module
 
@@ -122,7 +122,7 @@ class BalancerContract(ModuleContract):
     )
     def no_expert_is_special(self, config: Any, loads: list[list[int]], order: list[int]) -> None:
         """With the experts in another order the biases are the same, in that order."""
-        table, permutation = torch.tensor(loads), torch.tensor(order)
+        table, permutation = self.placed((torch.tensor(loads), torch.tensor(order)))
         one, other = self.moved(config, *table), self.moved(config, *table[:, permutation])
         assert_close(other.bias(), one.bias()[permutation], length=_EXPERTS * len(loads))
 
@@ -134,7 +134,7 @@ class BalancerContract(ModuleContract):
             return
         first = self.moved(config, torch.tensor([60, 60, *[2] * (_EXPERTS - 2)])).bias()
         step = float(first.max() - first.min())  # its speed decides what it can mend
-        affinity = 10 * step * normal(128, _EXPERTS, seed=seed)
+        affinity = self.placed(10 * step * normal(128, _EXPERTS, seed=seed))
         affinity[:, :2] += 15 * step
         loads = []
         for _ in range(120):

@@ -50,7 +50,7 @@ class DispatcherContract(Contract):
     @classmethod
     def make(cls, config: Any, n_experts: int = 4) -> Any:
         """Return what the config builds."""
-        return config.build(context(_DIM, compute=cls.dtype), n_experts)
+        return cls.placed(config.build(context(_DIM, compute=cls.dtype), n_experts))
 
     def dispatcher(self, config: Any, routing: Routing) -> Any:
         """Return what the config builds for the experts of a routing."""
@@ -58,7 +58,7 @@ class DispatcherContract(Contract):
 
     def x(self, routing: Routing, seed: int) -> Tensor:
         """Return a drawn hidden state for each token of a routing, [N, D]."""
-        return normal(len(routing.ids), _DIM, seed=seed, dtype=self.dtype).to(self.device)
+        return self.placed(normal(len(routing.ids), _DIM, seed=seed, dtype=self.dtype))
 
     @law(
         routing=_ROUTINGS,
@@ -67,7 +67,7 @@ class DispatcherContract(Contract):
     )
     def each_choice_is_one_row(self, config: Any, routing: Routing, seed: int) -> None:
         """Every expert is given the tokens that chose it, each once, and those of the experts before it come first."""
-        x, ids = self.x(routing, seed), routing.ids.to(self.device)
+        x, ids = self.x(routing, seed), routing.ids
         rows = self.dispatcher(config, routing).dispatch(x, ids)
         assert rows.counts.dtype is torch.int64, f"counts are {rows.counts.dtype}"
         n_experts = routing.stats.load.shape[1]
@@ -169,7 +169,7 @@ class DispatcherContract(Contract):
     @law(requires="wire", seed=seeds(), kills=[mutants.rounds_coarsely, mutants.shares_a_scale])
     def a_wire_rounds_each_row_by_itself_and_once(self, config: Any, seed: int) -> None:
         """Rows arrive rounded as their wire says, other rows or not; what was rounded once is changed no more."""
-        x = (normal(4, _WIDTH, seed=seed) * torch.tensor([[1e-6], [1.0], [0.0], [1e4]])).to(self.device, self.dtype)
+        x = self.placed((normal(4, _WIDTH, seed=seed) * torch.tensor([[1e-6], [1.0], [0.0], [1e4]])).to(self.dtype))
         ids = torch.zeros(len(x), 1, dtype=torch.int64, device=self.device)
         for wire in _WIRES:
             dispatcher = self.make(_wired(config, wire), 1)
@@ -188,7 +188,7 @@ class DispatcherContract(Contract):
     @law(requires="wire", seed=seeds(), kills=[mutants.comes_home_as_it_went])
     def what_comes_home_is_not_in_fp8(self, config: Any, seed: int) -> None:
         """Outputs and the gradient of rows come home in bfloat16; the gradient of outputs is sent as rows are."""
-        x, direction = (normal(4, _WIDTH, seed=seed + i, dtype=self.dtype).to(self.device) for i in (0, 1))
+        x, direction = (self.placed(normal(4, _WIDTH, seed=seed + i, dtype=self.dtype)) for i in (0, 1))
         ids, gates = torch.zeros(len(x), 1, dtype=torch.int64, device=self.device), torch.ones_like(x[:, :1])
         x.requires_grad_()
         for wire in _WIRES:
@@ -227,8 +227,8 @@ class DispatcherContract(Contract):
 
     def _sent(self, routing: Routing, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens, ids and gates."""
-        gates = routing.gates.detach().clone().to(self.device, self.dtype)
-        return self.x(routing, seed), routing.ids.to(self.device), gates
+        gates = routing.gates.detach().clone().to(self.dtype)
+        return self.x(routing, seed), routing.ids, gates
 
     def _factors(self, routing: Routing) -> Tensor:
         """Return the number [E] by which each expert multiplies."""
@@ -241,9 +241,7 @@ class DispatcherContract(Contract):
 
     def _there_and_back(self, config: Any, routing: Routing, x: Tensor, gates: Tensor) -> Tensor:
         dispatcher = self.dispatcher(config, routing)
-        out: Tensor = dispatcher.combine(
-            self._worked(dispatcher.dispatch(x, routing.ids.to(self.device)), routing), gates
-        )
+        out: Tensor = dispatcher.combine(self._worked(dispatcher.dispatch(x, routing.ids), routing), gates)
         return out
 
 

@@ -42,7 +42,7 @@ class FeedForwardContract(DifferentiableContract):
 
     def x(self, rows: int, length: int, seed: int) -> Tensor:
         """Return drawn hidden states [rows, length, D]."""
-        return normal(rows, length, self.dim, seed=seed, dtype=self.dtype).to(self.device)
+        return self.placed(normal(rows, length, self.dim, seed=seed, dtype=self.dtype))
 
     def passed(self, module: Any, seed: int) -> Passed:
         """Put two sequences through."""

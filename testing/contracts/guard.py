@@ -29,9 +29,9 @@ class Step:
     losses: Mapping[str, float]
     norm: float = 1.0
 
-    def judged_by(self, guard: Guard) -> str:
+    def judged_by(self, guard: Guard, device: str) -> str:
         """Return the verdict, or that it stops the run; a guard that asks for a rollback said that it may."""
-        result = Result(self.losses, sum(self.losses.values()), torch.zeros(1, 1, dtype=torch.int64), 1)
+        result = Result(self.losses, sum(self.losses.values()), torch.zeros(1, 1, dtype=torch.int64, device=device), 1)
         broken = () if math.isfinite(self.norm) else ("blocks.0.attention.out.weight",)
         try:
             verdict = guard.judge(result, GradientNorm(self.norm, broken))
@@ -69,7 +69,7 @@ class GuardContract(Contract):
         """Steps that are finite, whose loss does not rise and whose gradient stays, are accepted."""
         guard = self.make(config)
         for loss in losses:
-            verdict = Step({"next_token": loss}).judged_by(guard)
+            verdict = Step({"next_token": loss}).judged_by(guard, self.device)
             assert verdict == Verdict.ACCEPT.value, f"it answers a loss of {loss} by {verdict}"
 
     @law(
@@ -84,30 +84,29 @@ class GuardContract(Contract):
             for before in ([], losses):
                 guard = self.make(config)
                 for loss in before:
-                    Step({"next_token": loss, "mtp": loss}).judged_by(guard)
-                assert broken.judged_by(guard) != Verdict.ACCEPT.value, f"it accepts {broken}"
+                    Step({"next_token": loss, "mtp": loss}).judged_by(guard, self.device)
+                assert broken.judged_by(guard, self.device) != Verdict.ACCEPT.value, f"it accepts {broken}"
 
     @law(steps=_STEPS, kills=[mutants.forgets_its_count])
     def resumed_anywhere_its_verdicts_are_the_same(self, config: Any, steps: list[Step]) -> None:
         """The same steps have the same verdicts, also of a guard that a checkpoint brings back in their midst."""
         worse = [*steps, *[Step({"next_token": math.nan})] * 4]
-        expected = _verdicts(self.make(config), worse)
+        expected = self._verdicts(self.make(config), worse)
         for cut in range(len(expected)):
             first, second = self.make(config), self.make(config)
-            before = _verdicts(first, worse[:cut])
+            before = self._verdicts(first, worse[:cut])
             assert isinstance(first, Stateful) == isinstance(second, Stateful)
             if isinstance(first, Stateful) and isinstance(second, Stateful):
                 with TemporaryDirectory() as folder:
                     saved = checkpoint.save(Path(folder), 0, {"guard": first.state()}, {})
                     second.load_state(checkpoint.read_file(saved, "guard"))
-            assert [*before, *_verdicts(second, worse[cut:])] == expected, f"resumed after {cut} steps it judges anew"
+            assert [*before, *self._verdicts(second, worse[cut:])] == expected, f"resumed after {cut} it judges anew"
 
-
-def _verdicts(guard: Guard, steps: Sequence[Step]) -> list[str]:
-    """Return the verdicts up to the one that stops the run."""
-    found: list[str] = []
-    for step in steps:
-        found.append(step.judged_by(guard))
-        if found[-1] == "stop":
-            break
-    return found
+    def _verdicts(self, guard: Guard, steps: Sequence[Step]) -> list[str]:
+        """Return the verdicts up to the one that stops the run."""
+        found: list[str] = []
+        for step in steps:
+            found.append(step.judged_by(guard, self.device))
+            if found[-1] == "stop":
+                break
+        return found

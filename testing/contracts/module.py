@@ -31,7 +31,7 @@ class ModuleContract(Contract):
     @classmethod
     def make(cls, config: Any, ctx: Context | None = None) -> Any:
         """Return what the config builds."""
-        return config.build(ctx or cls.context())
+        return cls.placed(config.build(ctx or cls.context()))
 
     @classmethod
     def context(cls, *, recompute: str = "none") -> Context:
@@ -57,18 +57,15 @@ class ModuleContract(Contract):
         """`reset_parameters` of its modules sets every tensor, for models are built without memory first."""
         with torch.device("meta"):
             module = self.make(config)
-        # As `to_empty` does it, which imports torch's symbolic shapes to make one tensor like another without memory.
-        module._apply(self._unset)
+        # As a model does it, on the CPU whatever the device. `to_empty` imports torch's symbolic shapes to make one
+        # tensor like another without memory.
+        module._apply(_unset)
         for part in module.modules():
             if [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
                 assert callable(getattr(part, "reset_parameters", None)), f"{type(part).__name__} cannot be reset"
                 part.reset_parameters()
         left = [name for name, tensor in _tensors(module).items() if not bool(tensor.isfinite().all())]
         assert not left, f"reset_parameters leaves {', '.join(left)} as it was"
-
-    def _unset(self, bare: Tensor) -> Tensor:
-        value = float("nan") if bare.is_floating_point() else 0
-        return torch.full(bare.shape, value, dtype=bare.dtype, device=self.device)
 
     @law(seed=seeds(), kills=[mutants.keeps_a_tensor_to_itself])
     def its_state_makes_another_one_equal(self, config: object, seed: int) -> None:
@@ -157,7 +154,7 @@ class DifferentiableContract(ModuleContract):
         """Return how the gradients along a drawn direction differ from the differences of values; empty if little."""
         parameters = [module.get_parameter(name) for name in names]
         # Not the direction of the weights: along those a norm is flat.
-        directions = [normal(*parameter.shape, seed=~seed - i) for i, parameter in enumerate(parameters)]
+        directions = [self.placed(normal(*each.shape, seed=~seed - i)) for i, each in enumerate(parameters)]
         size = torch.stack([direction.square().sum() for direction in directions]).sum().sqrt() if names else 1.0
         passed, values = self.passed(module, seed), []
         for step in (_STEP, -_STEP):
@@ -219,6 +216,10 @@ def _along(passed: Passed, seed: int) -> Tensor:
     """Return the sum of all outputs, each times a drawn direction."""
     outputs = passed.outputs.values()
     return torch.stack([(out * normal(*out.shape, seed=seed + i).to(out)).sum() for i, out in enumerate(outputs)]).sum()
+
+
+def _unset(bare: Tensor) -> Tensor:
+    return torch.full(bare.shape, float("nan") if bare.is_floating_point() else 0, dtype=bare.dtype)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What every objective owes: sums over global counts, and no token predicted from what it was shown."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, get_type_hints
 
@@ -68,23 +68,27 @@ class _LossContract(Contract):
     @classmethod
     def make(cls, config: Any, ctx: Context | None = None) -> Any:
         """Return what the config builds."""
-        return config.build(ctx or context(_DIM, compute=cls.dtype), _experiment().model.block)
+        return cls.placed(config.build(ctx or context(_DIM, compute=cls.dtype), _experiment().model.block))
 
     @property
     def _wide(self) -> torch.dtype:
         """Dtype of losses and affinities."""
         return torch.promote_types(self.dtype, torch.float32)
 
+    def packed(self, segments: Sequence[Sequence[int]], seed: int) -> Batch:
+        """Return isolated documents that predict nothing across a boundary."""
+        return self.placed(packed(segments, _VOCABULARY, seed))
+
     def some_loss(self, objective: Any, seed: int) -> Tensor:
         """Return the loss of drawn inputs."""
         if isinstance(objective, TokenObjective):
-            batch = packed([[0, 0, 0, 0, 1, 1]], _VOCABULARY, seed)
-            trunk = normal(1, 6, _DIM, seed=seed, dtype=self.dtype)
-            return filled(objective, seed)(trunk, batch, _borrowed(self.dtype, seed).shared).value
-        ids = normal(2, 5, _EXPERTS, seed=seed).topk(2).indices
+            batch = self.packed([[0, 0, 0, 0, 1, 1]], seed)
+            trunk = self.placed(normal(1, 6, _DIM, seed=seed, dtype=self.dtype))
+            return filled(objective, seed)(trunk, batch, _borrowed(self.dtype, seed, self.device).shared).value
+        ids = self.placed(normal(2, 5, _EXPERTS, seed=seed).topk(2).indices)
         load = torch.nn.functional.one_hot(ids, _EXPERTS).sum((1, 2))
-        affinity = normal(2, _EXPERTS, seed=seed + 1).softmax(-1).to(self._wide)
-        loss: Tensor = objective(RouterStats(ids, load, load, affinity), _sequences(2, 5))
+        affinity = self.placed(normal(2, _EXPERTS, seed=seed + 1).softmax(-1).to(self._wide))
+        loss: Tensor = objective(RouterStats(ids, load, load, affinity), self.placed(_sequences(2, 5)))
         return loss
 
     @law(seed=seeds(), kills=[mutants.weighs_its_loss])
@@ -114,12 +118,13 @@ class _LossContract(Contract):
         """With a weight of zero no phase of a model computes it; with another one its loss is in the carry."""
         if not _can(config):
             return
-        batch = packed([[0, 0, 0, 0, 1, 1]], _VOCABULARY, seed)
+        batch = self.packed([[0, 0, 0, 0, 1, 1]], seed)
         for weight in (0.0, 0.5):
             objectives = {"other": _experiment().objectives["next_token"], "tried": _weighed(config, weight)}
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(seed)
-                carry = Model(evolve(_experiment(), objectives=objectives), Parallel())(batch, Progress())
+                model = self.placed(Model(evolve(_experiment(), objectives=objectives), Parallel()))
+                carry = model(batch, Progress())
             there = "tried" in dict(carry.losses)
             assert there is (weight > 0), f"with a weight of {weight} it is {'there' if there else 'not there'}"
 
@@ -132,11 +137,11 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
 
     def borrowed(self, seed: int) -> Trunk:
         """Return what the objective borrows, filled."""
-        return _borrowed(self.dtype, seed)
+        return _borrowed(self.dtype, seed, self.device)
 
     def trunk(self, batch: Batch, seed: int) -> Tensor:
         """Return a drawn trunk for a batch, [B, S, D]."""
-        return normal(*batch.tokens.shape, _DIM, seed=seed, dtype=self.dtype).to(self.device).requires_grad_()
+        return self.placed(normal(*batch.tokens.shape, _DIM, seed=seed, dtype=self.dtype)).requires_grad_()
 
     def carried(self, module: Any, trunk: Tensor, batch: Batch, borrowed: Trunk, carry: Carry | None = None) -> Carry:
         """Return the carry after the phases, which add the loss `tried`."""
@@ -147,7 +152,7 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
 
     def passed(self, module: Any, seed: int) -> Passed:
         """Put two packed rows through."""
-        batch = packed([[0, 0, 0, 1, 1, 1, 1], [0] * 7], _VOCABULARY, seed)
+        batch = self.packed([[0, 0, 0, 1, 1, 1, 1], [0] * 7], seed)
         trunk = self.trunk(batch, seed)
         borrowed = self.borrowed(seed)
         loss = module(trunk, batch, borrowed.shared).value
@@ -158,9 +163,9 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
     @law(seed=seeds(), kills=[mutants.drops_other_losses])
     def its_phases_add_its_loss(self, config: Any, seed: int) -> None:
         """The phases add the loss of the forward under the name they were given, and leave the others."""
-        module, batch = self.built(config, seed), packed([[0, 0, 0, 1, 1, 1]], _VOCABULARY, seed)
+        module, batch = self.built(config, seed), self.packed([[0, 0, 0, 1, 1, 1]], seed)
         trunk, borrowed = self.trunk(batch, seed), self.borrowed(seed)
-        before = Carry(losses=(("other", Loss(torch.ones(()))),))
+        before = Carry(losses=(("other", Loss(self.placed(torch.ones(())))),))
         losses = dict(self.carried(module, trunk, batch, borrowed, before).losses)
         assert list(losses) == ["other", "tried"], f"the losses are {', '.join(losses)}"
         assert torch.equal(losses["tried"].value, module(trunk, batch, borrowed.shared).value), "it is another loss"
@@ -197,7 +202,7 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
             positions=pad(batch.positions, (0, more)),
             segments=torch.cat([batch.segments, last.expand(-1, more)], 1),
         )
-        tail = normal(2, more, _DIM, seed=seed + 1, dtype=self.dtype).to(self.device)
+        tail = self.placed(normal(2, more, _DIM, seed=seed + 1, dtype=self.dtype))
         self._assert_same(config, batch, lambda loss, trunk: loss(torch.cat([trunk, tail], 1), padded), seed)
 
     @law(
@@ -223,9 +228,10 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
     def a_target_is_predicted_from_what_precedes_it(self, config: Any, at: int, seed: int) -> None:
         """The loss of one target depends on the token before it, and on nothing after that: it was not shown."""
         module, borrowed = self.built(config, seed), self.borrowed(seed)
-        batch = packed([[0] * 7], _VOCABULARY, seed)
+        batch = self.packed([[0] * 7], seed)
         assert batch.targets is not None
-        alone = torch.full_like(batch.targets, IGNORE).index_copy(1, torch.tensor([at]), batch.targets[:, at : at + 1])
+        place = self.placed(torch.arange(7))[None]
+        alone = torch.where(place == at, batch.targets, IGNORE)
         batch = evolve(batch, targets=alone, n_targets=1)
         trunk = self.trunk(batch, seed)
 
@@ -236,7 +242,7 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
         def other(ids: Tensor, where: Tensor) -> Tensor:
             return torch.where(where, (ids + 1) % _VOCABULARY, ids)
 
-        place, value = torch.arange(7)[None], loss(batch.tokens, alone)
+        value = loss(batch.tokens, alone)
         (grad,) = torch.autograd.grad(value, trunk)
         assert not bool(grad[:, at + 1 :].any()), "it depends on the trunk where the target is known"
         later, last = (loss(other(batch.tokens, where), alone) for where in (place > at, place == at))
@@ -256,7 +262,7 @@ class TokenObjectiveContract(_LossContract, DifferentiableContract):
     def its_experts_are_balanced_like_the_others(self, config: Any, seed: int) -> None:
         """Every feed-forward with experts that it owns is told, and counts as the next layer after the trunk."""
         module = filled(self.make(config, evolve(self.context(), n_layers=3, layer=3)), seed)
-        batch = packed([[0] * 6], _VOCABULARY, seed)
+        batch = self.packed([[0] * 6], seed)
         stats = self.carried(module, self.trunk(batch, seed), batch, self.borrowed(seed)).stats
         told = list(module.feedforwards())
         owned = [part for part in module.modules() if isinstance(part, FeedForward) and part.n_experts]
@@ -330,14 +336,14 @@ class RoutingObjectiveContract(_LossContract):
     def the_order_of_sequences_does_not_matter(self, config: Any, routing: Routing) -> None:
         """The same sequences in another order have the same loss."""
         objective, stats, batch = self._given(config, routing)
-        reverse = torch.arange(len(stats.ids)).flip(0)
+        reverse = torch.arange(len(stats.ids), device=stats.ids.device).flip(0)
         assert_close(objective(_rows(stats, reverse), batch), objective(stats, batch), length=_EXPERTS * len(reverse))
 
     def _given(self, config: Any, routing: Routing) -> tuple[Any, RouterStats, Batch]:
         stats = routing.stats
-        affinity = stats.affinity.detach().to(self.device, self._wide).requires_grad_()
+        affinity = stats.affinity.detach().to(self._wide).requires_grad_()
         stats = evolve(stats, affinity=affinity)
-        return self.make(config), stats, _sequences(*stats.ids.shape[:2])
+        return self.make(config), stats, self.placed(_sequences(*stats.ids.shape[:2]))
 
 
 class ObjectiveContract(TokenObjectiveContract, RoutingObjectiveContract):
@@ -361,9 +367,9 @@ class ObjectiveContract(TokenObjectiveContract, RoutingObjectiveContract):
         return TokenObjectiveContract if reads_tokens else RoutingObjectiveContract
 
 
-def _borrowed(dtype: torch.dtype, seed: int) -> Trunk:
+def _borrowed(dtype: torch.dtype, seed: int, device: str) -> Trunk:
     with torch.random.fork_rng(devices=[]):  # its initial weights are drawn before they are filled
-        return Trunk(context(_DIM, compute=dtype), _VOCABULARY, seed)
+        return Trunk(context(_DIM, compute=dtype), _VOCABULARY, seed, device)
 
 
 def _sequences(count: int, length: int) -> Batch:

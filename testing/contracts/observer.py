@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tangram.core import checkpoint
-from tangram.core.assembly import assemble
+from tangram.core.assembly import Seat, assemble
 from tangram.core.contracts import State, Stateful
 from tangram.core.plugins import run_manager
 from tangram.core.records import EvalReport, StepReport
@@ -45,9 +45,9 @@ class ObserverContract(Contract):
     @law(kills=[mutants.moves_a_weight, mutants.draws_a_number])
     def a_run_that_is_watched_is_the_same_run(self, config: Any) -> None:
         """With it a run leaves the same weights, optimizer state and random numbers as without it, bit for bit."""
-        unwatched, process = _unwatched(), _process()
+        unwatched, process = _unwatched(self.device), _process()
         torch.manual_seed(0)
-        run = _run()
+        run = _run(self.device)
         with _watched(self.make(config), run) as tell:
             _take(run, _STEPS, tell)
         watched = _left_by(run)
@@ -62,7 +62,7 @@ class ObserverContract(Contract):
         whole, first, second = (self.make(config) for _ in range(3))
         if not (isinstance(whole, Stateful) and isinstance(first, Stateful) and isinstance(second, Stateful)):
             return
-        run = _run()
+        run = _run(self.device)
         with TemporaryDirectory() as folder, _watched(whole, run) as tell_whole:
             with _watched(first, run) as tell:
                 _take(run, _STEPS // 2, tell_whole, tell)
@@ -76,9 +76,9 @@ class ObserverContract(Contract):
                 assert not differing, f"resumed, {', '.join(differing[:3])} of its state differs"
 
 
-def _run() -> Trainer:
+def _run(device: str) -> Trainer:
     """Return a run that begins."""
-    return assemble(small_experiment("train.micro_sequences=2"))
+    return assemble(small_experiment("train.micro_sequences=2"), Seat(device=torch.device(device)))
 
 
 def _take(run: Trainer, steps: int, *tell: Callable[[StepReport], None]) -> None:
@@ -109,10 +109,10 @@ def _watched(observer: object, run: Trainer) -> Iterator[Callable[[StepReport], 
 
 
 @cache
-def _unwatched() -> State:
+def _unwatched(device: str) -> State:
     """Return what a run leaves that nobody watches."""
     torch.manual_seed(0)
-    run = _run()
+    run = _run(device)
     _take(run, _STEPS)
     return _left_by(run)
 

@@ -40,15 +40,15 @@ class OptimizerContract(Contract):
     @classmethod
     def make(cls, config: Any, parameters: Sequence[tuple[str, nn.Parameter]] | None = None) -> torch.optim.Optimizer:
         """Return what the config builds for these parameters, or for small ones."""
-        given = parameters or [(name, nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
-        optimizer: torch.optim.Optimizer = config.build(given)
+        zeros = {name: nn.Parameter(cls.placed(torch.zeros(shape))) for name, shape in SHAPES.items()}
+        optimizer: torch.optim.Optimizer = config.build(parameters or list(zeros.items()))
         return optimizer
 
     def drawn(self, seed: int) -> Named:
         """Return drawn weights of every kind, in float32 as masters are."""
         shapes = enumerate(SHAPES.items())
         return {
-            name: nn.Parameter(normal(*shape, seed=seed + i, dtype=torch.float32).to(self.device))
+            name: nn.Parameter(self.placed(normal(*shape, seed=seed + i, dtype=torch.float32)))
             for i, (name, shape) in shapes
         }
 
@@ -57,7 +57,7 @@ class OptimizerContract(Contract):
         for number in numbers:
             for name, parameter in weights.items():
                 own = 1000 * number + list(SHAPES).index(name)
-                parameter.grad = normal(*parameter.shape, seed=own, dtype=parameter.dtype).to(self.device)
+                parameter.grad = self.placed(normal(*parameter.shape, seed=own, dtype=parameter.dtype))
             set_lr(optimizer, lr)
             optimizer.step()
 

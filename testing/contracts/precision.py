@@ -15,6 +15,7 @@ from tangram.core.contracts import Input, Precision
 from tangram.core.model import initialize
 from tangram.testing.laws import Contract, law
 from tangram.testing.mutants import precision as mutants
+from tangram.testing.placing import placed
 from tangram.testing.samples import normal
 from tangram.testing.strategies import seeds
 from tangram.testing.tolerance import tolerance
@@ -29,17 +30,28 @@ _INPUTS: st.SearchStrategy[Input] = st.sampled_from(get_args(Input))
 
 @frozen(eq=False)
 class _Made:
-    """Linears with their surroundings: what a rank defers, and what it computes again."""
+    """Linears with their surroundings: what a rank defers, what it computes again, and where."""
 
     ctx: Context
+    device: str
 
     @property
     def precision(self) -> Precision:
         return self.ctx.precision
 
+    def linear(self, d_in: int, d_out: int, input: Input = "plain") -> nn.Module:
+        return placed(self.ctx.linear(d_in, d_out, input=input), self.device)
+
+    def grouped(self, n: int, d_in: int, d_out: int, input: Input = "plain") -> nn.Module:
+        return placed(self.ctx.grouped_linear(n, d_in, d_out, input=input), self.device)
+
+    def counts(self, counts: Sequence[int]) -> Tensor:
+        """Return how many rows each expert has."""
+        return torch.tensor(counts, device=self.device)
+
     def rows(self, shape: Sequence[int], seed: int, scale: float = 1.0) -> Tensor:
         """Return drawn values in the compute dtype, as leaves."""
-        return normal(*shape, seed=seed).mul(scale).to(self.precision.compute).requires_grad_()
+        return normal(*shape, seed=seed).mul(scale).to(self.device, self.precision.compute).requires_grad_()
 
 
 class PrecisionContract(Contract):
@@ -56,7 +68,8 @@ class PrecisionContract(Contract):
 
     def made(self, config: Any, recompute: str = "none") -> _Made:
         """Return what it builds in small surroundings."""
-        return _Made(Context(dim=4, init_std=0.3, precision=self.make(config), recompute=Recompute(recompute)))
+        ctx = Context(dim=4, init_std=0.3, precision=self.make(config), recompute=Recompute(recompute))
+        return _Made(ctx, self.device)
 
     @law(
         d_in=_SIZES,
@@ -72,7 +85,7 @@ class PrecisionContract(Contract):
     ) -> None:
         """Whatever its input, a linear and its gradients are the products, within `rounding` and that of the dtype."""
         made = self.made(config)
-        linear = made.ctx.linear(d_in, d_out, input=input)
+        linear = made.linear(d_in, d_out, input)
         weight, x = linear.get_parameter("weight"), made.rows((2, rows, d_in), seed, scale)
         assert weight.shape == (d_out, d_in), f"its parameter `weight` is {list(weight.shape)}"
         y = linear(x)
@@ -97,7 +110,7 @@ class PrecisionContract(Contract):
     ) -> None:
         """An expert multiplies its own rows; one without rows has no gradient but zero, and there may be no rows."""
         made = self.made(config)
-        grouped = made.ctx.grouped_linear(len(counts), d_in, d_out, input=input)
+        grouped = made.grouped(len(counts), d_in, d_out, input)
         shape = grouped.get_parameter("weight").shape
         assert shape == (len(counts), d_out, d_in), f"its parameter `weight` is {list(shape)}"
         for each in (counts, [0] * len(counts)):
@@ -107,7 +120,7 @@ class PrecisionContract(Contract):
     def _is_grouped(self, made: _Made, grouped: nn.Module, counts: list[int], seed: int) -> None:
         ends, weight = [0, *torch.tensor(counts).cumsum(0).tolist()], grouped.get_parameter("weight")
         x = made.rows((ends[-1], weight.shape[2]), seed)
-        y = grouped(x, torch.tensor(counts))
+        y = grouped(x, made.counts(counts))
         assert y.shape == (ends[-1], weight.shape[1])
         grad = made.rows(y.shape, seed + 1).detach()
         y.backward(grad)
@@ -123,12 +136,13 @@ class PrecisionContract(Contract):
     def rows_of_zeros_stay_zeros(self, config: Any, rows: int, row: int, seed: int) -> None:
         """A row of zeros comes out as zeros and leaves gradients finite, as do zeros alone, there and back."""
         made, d_in = self.made(config), 5
-        for module, counts in ((made.ctx.linear(d_in, 3), []), (made.ctx.grouped_linear(1, d_in, 3), [rows])):
+        for module, counts in ((made.linear(d_in, 3), []), (made.grouped(1, d_in, 3), [rows])):
             weight = module.get_parameter("weight")
-            for empty in (torch.arange(rows) == row % rows, torch.ones(rows, dtype=torch.bool)):
+            places = torch.arange(rows, device=self.device)
+            for empty in (places == row % rows, places >= 0):
                 module.zero_grad()
                 x = made.rows((rows, d_in), seed).detach().masked_fill(empty[:, None], 0.0).requires_grad_()
-                y = module(x, *([torch.tensor(counts)] if counts else []))
+                y = module(x, *([made.counts(counts)] if counts else []))
                 assert not bool(y[empty].any()), "zeros come out as something else"
                 y.backward(torch.ones_like(y).masked_fill(empty[:, None], 0.0))
                 assert x.grad is not None and weight.grad is not None, "a gradient is missing"
@@ -140,7 +154,7 @@ class PrecisionContract(Contract):
     def dtypes_are_those_that_it_names(self, config: Any, seed: int) -> None:
         """Parameters and their gradients are of `master`, outputs and the gradients of inputs of `compute`."""
         made = self.made(config)
-        for module, counts in ((made.ctx.linear(4, 3), []), (made.ctx.grouped_linear(2, 4, 3), [torch.tensor([1, 2])])):
+        for module, counts in ((made.linear(4, 3), []), (made.grouped(2, 4, 3), [made.counts([1, 2])])):
             x = made.rows((3, 4), seed)
             y = module(x, *counts)
             assert y.dtype is made.precision.compute, f"an output is {y.dtype}"
@@ -189,7 +203,7 @@ class PrecisionContract(Contract):
         weights = []
         for n in (held, held + more):
             torch.manual_seed(seed)
-            grouped = self.made(config).ctx.grouped_linear(n, 4, 3)
+            grouped = self.made(config).grouped(n, 4, 3)
             assert getattr(grouped, "axis", None) == "expert", "it does not say `axis = 'expert'`"
             weights.append(grouped.get_parameter("weight"))
         assert torch.equal(weights[0], weights[1][:held]), "an expert begins otherwise beside more of them"
@@ -206,14 +220,14 @@ class PrecisionContract(Contract):
             pair.to_empty(device=self.device)
             for parameter in pair.parameters():
                 parameter.data.fill_(float("nan"))
-            initialize(pair, seed)
+            initialize(pair, seed, self.device)
             states.append(dict(pair.named_parameters()))
         for name, parameter in states[0].items():
             assert bool(parameter.isfinite().all()), f"reset_parameters leaves {name} as it was"
             assert torch.equal(parameter, states[1][name]), f"{name} is not drawn from torch's generator"
 
     def _pair(self, made: _Made, n: int) -> nn.ModuleDict:
-        return nn.ModuleDict({"linear": made.ctx.linear(4, 4), "grouped": made.ctx.grouped_linear(n, 4, 3)})
+        return nn.ModuleDict({"linear": made.linear(4, 4), "grouped": made.grouped(n, 4, 3)})
 
 
 def _product(actual: Tensor, left: Tensor, right: Tensor, precision: Precision, what: str) -> None:
@@ -236,7 +250,7 @@ def _off(operand: Tensor, rounding: float) -> Tensor:
 def _through(pair: nn.ModuleDict, x: Tensor, counts: list[int], recompute: Recompute) -> Tensor:
     """Return a loss behind both linears, each fed what can be computed again."""
     hidden = pair["linear"](recompute(torch.tanh, x))
-    out: Tensor = pair["grouped"](recompute(torch.tanh, hidden), torch.tensor(counts))
+    out: Tensor = pair["grouped"](recompute(torch.tanh, hidden), torch.tensor(counts, device=x.device))
     return out.square().sum()
 
 

@@ -44,7 +44,7 @@ class RouterContract(DifferentiableContract):
     def make(cls, config: Any, ctx: Context | None = None) -> Any:
         """Return what the config builds."""
         n_experts = cls.n_experts(config)
-        module = config.build(ctx or cls.context(), n_experts)
+        module = cls.placed(config.build(ctx or cls.context(), n_experts))
         module.experts_tried = n_experts
         return module
 
@@ -68,11 +68,11 @@ class RouterContract(DifferentiableContract):
 
     def x(self, rows: int, length: int, seed: int) -> Tensor:
         """Return drawn hidden states [rows, length, D]."""
-        return normal(rows, length, self.dim, seed=seed, dtype=self.dtype).to(self.device)
+        return self.placed(normal(rows, length, self.dim, seed=seed, dtype=self.dtype))
 
     def bias(self, config: Any, level: float, seed: int) -> Tensor:
         """Return drawn expert biases [E] around a level."""
-        return (level + normal(self.n_experts(config), seed=~seed, dtype=torch.float32)).to(self.device)
+        return self.placed(level + normal(self.n_experts(config), seed=~seed, dtype=torch.float32))
 
     def no_bias(self, config: Any) -> Tensor:
         """Return zeros [E]."""

@@ -20,6 +20,7 @@ from tangram.core.plan import sequential
 from tangram.core.records import GradientNorm, Progress
 from tangram.testing.laws import Contract, law
 from tangram.testing.mutants import sharding as mutants
+from tangram.testing.placing import placed
 from tangram.testing.ranks import run_ranks
 from tangram.testing.samples import normal
 from tangram.testing.small import small_experiment
@@ -38,9 +39,9 @@ def _built() -> Model:
     return build_model(small_experiment("precision.compute=float64"), parallel=Parallel())
 
 
-def _model() -> Model:
+def _model(device: str) -> Model:
     """Return the model of a rank that is alone; to copy it takes a tenth of the time that building it does."""
-    return deepcopy(_built())
+    return placed(deepcopy(_built()), device)
 
 
 class ShardingContract(Contract):
@@ -59,8 +60,7 @@ class ShardingContract(Contract):
 
     def attached(self, config: Any) -> tuple[Sharding, Model, Sequence[tuple[str, nn.Parameter]]]:
         """Return a sharding, a model and what the optimizer steps."""
-        parallel = Parallel()
-        sharding, model = self.make(config, parallel), _model()
+        sharding, model = self.make(config, Parallel(device=torch.device(self.device))), _model(self.device)
         return sharding, model, sharding.attach(model)
 
     @law(kills=[mutants.forgets_a_parameter, mutants.attaches_a_parameter_twice])
@@ -135,7 +135,7 @@ class ShardingContract(Contract):
     def two_steps_on_one_rank_are_plain_ones(self, config: Any, seed: int, limit: float) -> None:
         """On one rank two steps of gradient descent leave the weights that they leave in plain torch."""
         sharding, model, attached = self.attached(config)
-        plain = _model()
+        plain = _model(self.device)
         for number, lr in enumerate(_LRS):
             for each in (model, plain):
                 _give(each, seed + 100 * number, 0.01)
@@ -202,7 +202,7 @@ def _give(model: Model, seed: int, scale: float) -> None:
     """Give every parameter but the embedding a drawn gradient."""
     for i, (name, parameter) in enumerate(model.named_parameters()):
         drawn = normal(*parameter.shape, seed=seed + i, dtype=parameter.dtype) * scale
-        parameter.grad = None if name == "embedding.weight" else drawn
+        parameter.grad = None if name == "embedding.weight" else drawn.to(parameter.device)
 
 
 @torch.no_grad()

@@ -245,6 +245,8 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
         for place, arg in enumerate(args)
     ]
     plain_kwargs = {name: _each(seen(writes if name in names else reads), arg) for name, arg in kwargs.items()}
+    if kwargs.get("generator") is not None:
+        raise RuntimeError(f"{op}: a generator of the CPU draws for {DEVICE}")
     if "device" in kwargs:
         plain_kwargs["device"] = torch.device("cpu")
 
