@@ -239,8 +239,8 @@ def _launch(q: Tensor, blocks: Tensor, table: Tensor, lengths: Tensor, scale: fl
         return out
     (batch, tokens, heads, width), size = q.shape, blocks.shape[1]
     room = table.shape[1] * size
-    # What fits the memory of a core: the queries, and two tiles of entries, one of them on its way.
-    tall, tile = (64, min(64, size)) if q.element_size() == 2 else (16, 16)
+    # What fits the memory of a core, from Ampere to Blackwell: the queries, and two tiles of entries, one on its way.
+    tall, tile = (64, min(32, size)) if q.element_size() == 2 else (16, 16)
     tall = min(max(triton.next_power_of_2(tokens * heads), 16), tall)
     programs = triton.cdiv(tokens * heads, tall)
     splits = max(min(_PROGRAMS // (batch * programs), triton.cdiv(room, _LEAST * tile)), 1)
