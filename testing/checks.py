@@ -79,7 +79,7 @@ def run_checks(
         plugins: What exists; by default what is installed.
 
     Raises:
-        ValueError: There is no such component, profile or dtype, or its slot has no laws.
+        ValueError: There is no such component, profile, dtype or device, or its slot has no laws.
         PluginError: It may be in a plugin that is broken.
     """
     known = plugins or Plugins.discover()
@@ -89,6 +89,10 @@ def run_checks(
     wanted = getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise ValueError(f"there is no floating dtype '{dtype}'")
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise ValueError(f"there is no device '{device}' here to compute on: {error}") from error
     # What components print is no part of the result.
     with TemporaryDirectory(prefix="tangram-") as folder, redirect_stdout(StringIO()):
         if config is None and hasattr(entry.config, "example"):

@@ -169,6 +169,9 @@ def test_run_checks_refuses_what_is_not_there():
         run_checks("balancer.none", profile="fool")
     with pytest.raises(ValueError, match="no floating dtype 'int8'"):
         run_checks("balancer.none", dtype="int8")
+    for device in ("cudo", "cuda:99", "meta"):
+        with pytest.raises(ValueError, match=f"no device '{device}' here to compute on"):
+            run_checks("balancer.none", device=device)
 
 
 def test_junit_tells_failures_and_what_does_not_apply():
