@@ -31,8 +31,8 @@ class RankError(Exception):
 def _spawning() -> ForkServerContext:
     """Return what starts ranks: forked from a process that has imported what they need, in a tenth of a second each."""
     context = get_context("forkserver")
-    imported_to_build_a_model = "torch.fx.experimental.symbolic_shapes"
-    context.set_forkserver_preload(["torch", "tangram.core.model", imported_to_build_a_model, __package__])
+    imported_by_backward = "torch.fx.experimental.symbolic_shapes"
+    context.set_forkserver_preload(["torch", "tangram.core.model", imported_by_backward, __package__])
     return context
 
 

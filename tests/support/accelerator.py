@@ -188,7 +188,7 @@ def _adopted(tensor: Tensor, over: Tensor | None = None) -> Tensor:
     return _placed(storage, tensor, over)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def on_cpu(tensor: Tensor) -> Tensor:
     """Return the CPU's tensor over the bytes of the device's."""
     storage = tensor.untyped_storage()
     if storage.nbytes():
@@ -197,6 +197,31 @@ def _plain(tensor: Tensor) -> Tensor:
         seen = torch.UntypedStorage(0)
     plain = torch.empty(0, dtype=tensor.dtype).set_(seen, tensor.storage_offset(), tensor.size(), tensor.stride())
     return plain.conj() if tensor.is_conj() else plain
+
+
+def given_away(tensor: Tensor) -> Tensor:
+    """Return the CPU's tensor over the bytes of one that a network reads or writes, after the current stream."""
+    if tensor.device != DEVICE:
+        raise RuntimeError(f"a network of {DEVICE} is given a tensor {list(tensor.shape)} on {tensor.device}")
+    place = {_place(tensor)}
+    _timeline.run("a message", place, place, _current[-1], waited_for=False)
+    return on_cpu(tensor)
+
+
+def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+    """Give memory up, and what was in it is lost, or take it anew; its place stays the same here."""
+    if storage.device != DEVICE:
+        return _resized(storage, size)
+    place = storage.data_ptr()
+    if size:
+        _timeline.allocate(place, _current[-1])
+    else:
+        torch._C._construct_storage_from_data_pointer(place, torch.device("cpu"), storage.nbytes()).fill_(255)
+    return storage
+
+
+_resized = torch.UntypedStorage.resize_
+torch.UntypedStorage.resize_ = _resize
 
 
 @cache
@@ -229,7 +254,7 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
     def seen(into: set[int]):
         def plain(tensor: Tensor) -> Tensor:
             if tensor.device == DEVICE:
-                pairs.append((_plain(tensor), tensor))
+                pairs.append((on_cpu(tensor), tensor))
                 into.add(_place(tensor))
                 return pairs[-1][0]
             if tensor.ndim:
@@ -270,7 +295,7 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
 def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Copy, also between the device and the CPU, for which the host waits."""
     here = [tensor.device == DEVICE for tensor in (source, target)]
-    plain, into = (_plain(tensor) if own else tensor for tensor, own in zip((source, target), here, strict=True))
+    plain, into = (on_cpu(tensor) if own else tensor for tensor, own in zip((source, target), here, strict=True))
     into.copy_(plain)
     reads, writes = ({_place(tensor)} if own else set() for tensor, own in zip((source, target), here, strict=True))
     _timeline.run("aten::copy_", reads, writes, _current[-1], waited_for=not all(here))
@@ -283,6 +308,13 @@ def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memor
 
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None) -> Tensor:
     return _adopted(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _made_as_large(tensor: Tensor, size: list[int], *, memory_format=None) -> Tensor:
+    plain, larger = on_cpu(tensor).flatten(), torch.empty(size, dtype=tensor.dtype)
+    kept = min(plain.numel(), larger.numel())
+    larger.view(-1)[:kept] = plain[:kept]
+    return _adopted(larger, tensor)
 
 
 def _record_stream(tensor: Tensor, stream: torch.Stream) -> None:
@@ -302,6 +334,7 @@ for _name in ("as_strided", "view", "_reshape_alias", "unfold"):
 _own.impl("empty.memory_format", _empty)
 _own.impl("empty_strided", _empty_strided)
 _own.impl("record_stream", _record_stream)
+_own.impl("resize_", _made_as_large)
 _own.impl("_copy_from", _copy)
 # Or copying a conjugate would copy it first.
 _whole = [torch.library.Library("aten", "IMPL", key) for key in ("Conjugate", "Negative")]

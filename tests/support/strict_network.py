@@ -12,6 +12,7 @@ its device:
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 
 import torch
 from torch import Tensor, distributed
@@ -54,20 +55,34 @@ class StrictGroup(ProcessGroup):
         size: Its ranks.
         timeout: Of gloo.
         patience: Seconds after which a wait of two ranks for each other raises.
+        device: The type of the only device whose tensors it takes.
+        seen: Returns a CPU's tensor over the bytes of one that is sent.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, patience: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        patience: float,
+        device: str,
+        seen: Callable[[Tensor], Tensor],
+    ) -> None:
         super().__init__(rank, size)
-        self._store, self._patience = store, patience
+        self._store, self._patience, self._seen = store, patience, seen
         self._queues: dict[int, ThreadPoolExecutor] = {}
         self._set_default_backend(ProcessGroup.BackendType.GLOO)
         self._gloo = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, timeout)
         self._gloo._set_sequence_number_for_group()
-        self._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, self._gloo)
+        self._register_backend(torch.device(device), ProcessGroup.BackendType.GLOO, self._gloo)
         # Asked straight: the ways through a Python class hold the interpreter's lock, and may wait for gloo's threads,
         # which wait for that lock.
         for name in _COLLECTIVES:
-            setattr(self, _RENAMED.get(name, name), getattr(self._gloo, name))
+            setattr(self, _RENAMED.get(name, name), partial(self._together, getattr(self._gloo, name)))
+
+    def _together(self, act: Callable[..., distributed.Work], *args: object, **kwargs: object) -> distributed.Work:
+        return act(*(_each(self._seen, arg) for arg in args), **kwargs)
 
     def send(self, tensors: list[Tensor], target: int, tag: int) -> Asked:
         return self._ask(f"send from {self.rank()} to {target}", target, self._gloo.send, tensors)
@@ -79,7 +94,8 @@ class StrictGroup(ProcessGroup):
         if other not in self._queues:
             self._meet(other)
             self._queues[other] = ThreadPoolExecutor(1)
-        return Asked(what, self._patience, self._queues[other].submit(lambda: act(tensors, other, 0).wait()))
+        seen = [self._seen(tensor) for tensor in tensors]
+        return Asked(what, self._patience, self._queues[other].submit(lambda: act(seen, other, 0).wait()))
 
     def _meet(self, other: int) -> None:
         self._store.set(f"{self.rank()} turned to {other}", "")
@@ -89,11 +105,20 @@ class StrictGroup(ProcessGroup):
             raise StuckError(f"{self.rank()} turned to {other} and {other} not to {self.rank()}") from None
 
 
-def join(patience: float) -> None:
+def _each(fn: Callable[[Tensor], Tensor], value: object) -> object:
+    """Return a value with `fn` done to every tensor in it."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    return [_each(fn, part) for part in value] if isinstance(value, list) else value
+
+
+def join(patience: float, device: str = "cpu", seen: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
     """Have the default group, and all that are made from now on, be of this network; all ranks must call this at once.
 
     Args:
         patience: Seconds after which a wait of two ranks for each other raises.
+        device: The type of the only device whose tensors it takes.
+        seen: Returns a CPU's tensor over the bytes of one that is sent.
     """
     rank, ranks, store = (
         distributed.get_rank(),
@@ -102,5 +127,5 @@ def join(patience: float) -> None:
     )
     distributed.barrier()  # whoever leaves while others still meet would break their connection
     distributed.destroy_process_group()
-    Backend.register_backend("strict", lambda *group: StrictGroup(*group, patience), devices=["cpu"])
+    Backend.register_backend("strict", lambda *group: StrictGroup(*group, patience, device, seen), devices=[device])
     distributed.init_process_group("strict", store=store, rank=rank, world_size=ranks)

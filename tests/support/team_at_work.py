@@ -1,7 +1,9 @@
 """Two optimizer steps of the small V3 on any layout: imported by the processes of the tests that run one."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+import pytest
 import torch
 from attrs import evolve, frozen
 from tiny import exact
@@ -14,9 +16,12 @@ from tangram.core.layout import Layout
 from tangram.core.model import Model
 from tangram.core.step import Trainer
 from tangram.plugins.parallel.units import Unit
+from tangram.testing import assert_same_gradients
 
 LAYERS = "model.blocks.1.repeat=3"  # four in all
 MTP = "objectives.mtp.depth=2"
+LENGTH = 16 * 12 * 16
+"""Terms of the longest sums."""
 
 
 @frozen(eq=False)
@@ -38,9 +43,9 @@ class Taken:
     biases: Mapping[int, Tensor]
 
 
-def two_steps(rank: int, ranks: int, overrides: Sequence[str]) -> list[Taken]:
-    """Take two steps; the first rank returns what they left everywhere, the others nothing."""
-    run, taken = assemble(exact(LAYERS, MTP, *overrides), Seat(rank, ranks)), []
+def two_steps(rank: int, ranks: int, overrides: Sequence[str], device: str | torch.device = "cpu") -> list[Taken]:
+    """Take two steps; the first rank returns what they left everywhere, on the CPU, the others nothing."""
+    run, taken = assemble(exact(LAYERS, MTP, *overrides), Seat(rank, ranks, torch.device(device))), []
     for bias in run.model.biases().values():  # so that the choice is not the unbiased one
         bias.copy_(torch.linspace(-0.1, 0.1, len(bias)))
     for _ in range(2):
@@ -57,17 +62,38 @@ def two_steps(rank: int, ranks: int, overrides: Sequence[str]) -> list[Taken]:
         run.optimizer.zero_grad(set_to_none=True)
         run.model.zero_grad(set_to_none=True)
         run.progress = now.after(batch)
-        found = [(f"{layer}", 0, bias.clone()) for layer, bias in run.model.biases().items()]
+        found = [(f"{layer}", 0, bias.cpu().clone()) for layer, bias in run.model.biases().items()]
         biases = {int(layer): bias for layer, bias in _everywhere(run, found, joined=False).items()}
-        taken.append(Taken(dict(result.losses), result.load, norm, gradients, biases))
+        taken.append(Taken(dict(result.losses), result.load.cpu(), norm, gradients, biases))
     return taken if rank == 0 else []
+
+
+# The second step's weights come from the first one's gradients over their root mean square.
+BOUNDS = (1e-13, 1e-10)
+
+
+def assert_the_steps_of_one(found: Sequence[Taken], one: Sequence[Taken], bounds: Sequence[float] = BOUNDS) -> None:
+    for number, (several, expected, bound) in enumerate(zip(found, one, bounds, strict=True)):
+        assert several.losses == {name: pytest.approx(value, rel=bound) for name, value in expected.losses.items()}
+        assert torch.equal(several.load, expected.load)
+        assert math.isclose(several.norm, expected.norm, rel_tol=bound)
+        assert several.gradients.keys() == expected.gradients.keys()
+        if number == 0:
+            assert_same_gradients(several.gradients, expected.gradients, length=LENGTH)
+        for address, gradient in expected.gradients.items():
+            largest = float(gradient.abs().max())
+            error = float((several.gradients[address] - gradient).abs().max())
+            assert error <= bound * largest, f"step {number}: the gradient of {address} is off by {error / largest:.2g}"
+        assert several.biases.keys() == expected.biases.keys()
+        for layer, bias in expected.biases.items():
+            assert torch.equal(several.biases[layer], bias), f"step {number}: the biases of layer {layer}"
 
 
 def _owned_gradients(run: Trainer) -> list[tuple[str, int, Tensor]]:
     """Return the gradients that this rank answers for, with the first row of each part."""
     owned, rows = run.sharding.owned(), run.sharding.rows()
     return [
-        (address, rows[address].start if address in rows else 0, p.grad.clone())
+        (address, rows[address].start if address in rows else 0, p.grad.cpu().clone())
         for address, p in run.model.named_parameters()
         if address in owned and p.grad is not None
     ]

@@ -24,7 +24,7 @@ def write_preset(path: Path, *overrides: str) -> Path:
 
 _PARENT = """
 import json, os, resource, signal, sys
-import torch.fx.experimental.symbolic_shapes  # building a model imports it
+import torch.fx.experimental.symbolic_shapes  # backward imports it
 from tangram.core import cli, run
 for line in sys.stdin:
     asked = json.loads(line)

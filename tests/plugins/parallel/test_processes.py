@@ -4,20 +4,18 @@ The first step alone would be blind: without the root of an inner stage's loss, 
 over the replicas of a stage, its losses are right. So gradients are compared, and a second step.
 """
 
-import math
 from collections.abc import Sequence
 from functools import cache
 
 import pytest
 import team_at_work
 import torch
-from team_at_work import Taken
+from team_at_work import LENGTH, Taken, assert_the_steps_of_one
 
 from tangram.testing import assert_same_gradients, run_ranks
 
 BATCH = "train.batch_sequences=8"  # the fewest of two flows through four ranks
 MANY = "train.batch_sequences=16"  # through eight
-LENGTH = 16 * 12 * 16
 
 
 def on(pipeline: str, ranks: int, *overrides: str) -> tuple[str, ...]:
@@ -27,27 +25,6 @@ def on(pipeline: str, ranks: int, *overrides: str) -> tuple[str, ...]:
 @cache
 def alone(*overrides: str) -> list[Taken]:
     return team_at_work.two_steps(0, 1, (BATCH, *overrides))
-
-
-# The second step's weights come from the first one's gradients over their root mean square.
-BOUNDS = (1e-13, 1e-10)
-
-
-def assert_the_steps_of_one(found: Sequence[Taken], one: Sequence[Taken], bounds: Sequence[float] = BOUNDS) -> None:
-    for number, (several, expected, bound) in enumerate(zip(found, one, bounds, strict=True)):
-        assert several.losses == {name: pytest.approx(value, rel=bound) for name, value in expected.losses.items()}
-        assert torch.equal(several.load, expected.load)
-        assert math.isclose(several.norm, expected.norm, rel_tol=bound)
-        assert several.gradients.keys() == expected.gradients.keys()
-        if number == 0:
-            assert_same_gradients(several.gradients, expected.gradients, length=LENGTH)
-        for address, gradient in expected.gradients.items():
-            largest = float(gradient.abs().max())
-            error = float((several.gradients[address] - gradient).abs().max())
-            assert error <= bound * largest, f"step {number}: the gradient of {address} is off by {error / largest:.2g}"
-        assert several.biases.keys() == expected.biases.keys()
-        for layer, bias in expected.biases.items():
-            assert torch.equal(several.biases[layer], bias), f"step {number}: the biases of layer {layer}"
 
 
 def assert_all(ranks: int, cases: dict[str, Sequence[str]], *overrides: str) -> None:
