@@ -48,6 +48,8 @@ def take_seat() -> Seat:
     _have_a_gpu_each(int(os.environ["LOCAL_WORLD_SIZE"]))
     device = own_device(int(os.environ["LOCAL_RANK"]))
     if device.type != "cpu":
+        # Streams that share a queue of the device wait for each other: for a message, it may be for ever.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(device)
     store, rank, ranks = next(rendezvous("env://"))
     meetings = meet(store, rank, ranks)
