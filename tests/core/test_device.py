@@ -23,7 +23,7 @@ from tangram.core.session import Outcome
 from tangram.core.step import train_step
 from tangram.plugins.data.text import TextConfig
 
-CPU = torch.device("cpu")
+DEVICES = ("cpu", accelerator.DEVICE)
 
 
 def written(*overrides: str) -> Experiment:
@@ -43,39 +43,34 @@ def weights(model: Model) -> Mapping[str, torch.Tensor]:
     return {address: tensor.cpu() for address, tensor in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    """Return what becomes of a run on a CPU and on the accelerator."""
-    root = tmp_path_factory.mktemp("runs")
-    return [train(written(), root / d.type, seat=Seat(device=d)) for d in (CPU, accelerator.DEVICE)]
+def run_at(device: str, directory: Path, resume: Found | bool = False) -> Outcome:
+    """Return what becomes of a run at a device."""
+    return train(written(), directory, resume=resume, seat=Seat(device=torch.device(device)))
 
 
+@accelerator.apart
 def test_it_begins_with_the_same_weights_bit_for_bit() -> None:
-    here, there = (build_model(tiny(), 3, device) for device in (CPU, accelerator.DEVICE))
-    assert all(tensor.device == accelerator.DEVICE for tensor in there.state_dict().values())
+    here, there = (build_model(tiny(), 3, device) for device in DEVICES)
+    assert all(str(tensor.device) == accelerator.DEVICE for tensor in there.state_dict().values())
     for address, tensor in weights(here).items():
         assert torch.equal(tensor, weights(there)[address]), address
 
 
-def test_it_ends_as_on_a_cpu(outcomes: list[Outcome]) -> None:
-    here, there = outcomes
+@accelerator.apart
+def test_a_run_ends_as_on_a_cpu_and_goes_on_from_what_either_saved(tmp_path: Path) -> None:
+    directories = {device: tmp_path / device.partition(":")[0] for device in DEVICES}
+    here, there = (run_at(device, directory) for device, directory in directories.items())
     assert here.evaluation is not None
     assert there.evaluation is not None
     assert there.evaluation.losses == pytest.approx(here.evaluation.losses, rel=1e-12)
     assert there.averaged["ema"].losses == pytest.approx(here.averaged["ema"].losses, rel=1e-12)
     assert there.speculation == here.speculation
     assert there.dead == here.dead == ()
-
-
-@pytest.mark.parametrize("device", [CPU, accelerator.DEVICE], ids=str)
-def test_it_goes_on_from_what_the_other_saved(outcomes: list[Outcome], device: torch.device) -> None:
-    other = outcomes[device == CPU]
-    saved = Found(other.directory / "checkpoints" / "step-1", 1)
-    resumed = train(written(), other.directory, resume=saved, seat=Seat(device=device))
-    assert resumed.evaluation is not None
-    assert other.evaluation is not None
-    assert resumed.evaluation.now == other.evaluation.now
-    assert resumed.evaluation.losses == pytest.approx(other.evaluation.losses, rel=1e-12)
+    for device, directory in zip(DEVICES, reversed(directories.values()), strict=True):
+        resumed = run_at(device, directory, Found(directory / "checkpoints" / "step-1", 1))
+        assert resumed.evaluation is not None
+        assert resumed.evaluation.now == here.evaluation.now
+        assert resumed.evaluation.losses == pytest.approx(here.evaluation.losses, rel=1e-12)
 
 
 FP8 = "precision={use: fp8, compute: float32}"
@@ -95,20 +90,22 @@ GQA = "model.block.attention={use: gqa, n_heads: 2, n_kv_heads: 1, head_dim: 8}"
     ],
     ids=["fp8", "muon", "moments", "gqa"],
 )
+@accelerator.apart
 def test_steps_of_other_pieces_are_those_of_a_cpu(overrides: tuple[str, ...], bound: float) -> None:
     losses = []
-    for device in (CPU, accelerator.DEVICE):
-        run = assemble(tiny(*overrides, "train.batch_sequences=2"), Seat(device=device))
+    for device in DEVICES:
+        run = assemble(tiny(*overrides, "train.batch_sequences=2"), Seat(device=torch.device(device)))
         steps = [train_step(run, run.data.batch(run.progress, 2)) for _ in range(2)]
         losses.append([step.result.total for step in steps])
     assert losses[1] == pytest.approx(losses[0], rel=bound)
 
 
 @pytest.mark.parametrize("speculate", [False, True])
+@accelerator.apart
 def test_decoders_side_by_side_say_what_they_say_on_a_cpu(speculate: bool) -> None:
     prompts = [[[1, 2, 3], [4, 5]], [[6, 7, 8, 9]]]
     said = []
-    for device in (CPU, accelerator.DEVICE):
+    for device in DEVICES:
         model = build_model(exact(), 3, device)
         decoders = [Decoder(model, 16, speculate=speculate) for _ in prompts]
         with accelerator.timeline() as done:
@@ -123,10 +120,11 @@ def test_decoders_side_by_side_say_what_they_say_on_a_cpu(speculate: bool) -> No
     assert said[0] == said[1]
 
 
+@accelerator.apart
 def test_attention_asks_a_device_nothing_of_rows_that_are_one_document() -> None:
     model = build_model(tiny(), 3, accelerator.DEVICE)
     tokens = torch.zeros(2, 12, dtype=torch.int64)
-    batch = Batch(tokens, None, tokens, one_document(tokens), 24, 2).to(accelerator.DEVICE)
+    batch = Batch(tokens, None, tokens, one_document(tokens), 24, 2).to(torch.device(accelerator.DEVICE))
     x = torch.randn(2, 12, 16).to(accelerator.DEVICE).requires_grad_()
     with accelerator.timeline() as done:
         model.blocks["0"].attention(x, batch.positions, batch.segments).sum().backward()

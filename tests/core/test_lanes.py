@@ -1,6 +1,7 @@
 """Phases that communicate run in a stream of their own: in the right order, and on memory that nothing else has."""
 
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import accelerator
 import pytest
@@ -16,6 +17,7 @@ NO_ROUTING = "objectives.sequence_balance.weight=0"  # so that a stage ends with
 
 
 @pytest.mark.parametrize(("name", "overrides"), [("dualpipe", ()), ("dualpipev", (NO_ROUTING,))])
+@accelerator.apart
 def test_streams_run_pairs_as_if_there_were_one_stream(name: str, overrides: tuple[str, ...]) -> None:
     plan, layers = PLANS[name], LAYERS[name]
     with accelerator.timeline() as done:
@@ -37,24 +39,26 @@ def holds_nothing(lanes: Lanes, *values: object) -> None:
     """A mutant: memory is given away while another lane works on it."""
 
 
+MUTANTS: dict[str, Callable] = {"waits for nothing": waits_for_nothing, "holds nothing": holds_nothing}
+
+
 @pytest.mark.parametrize(
     ("method", "mutant", "fault"),
-    [("_wait", waits_for_nothing, "does not wait for"), ("hold", holds_nothing, "which none holds")],
+    [("_wait", "waits for nothing", "does not wait for"), ("hold", "holds nothing", "which none holds")],
 )
-def test_what_real_streams_could_do_otherwise_is_seen(
-    method: str, mutant: Callable, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Lanes, method, mutant)
-    with accelerator.timeline() as done:
+@accelerator.apart
+def test_what_real_streams_could_do_otherwise_is_seen(method: str, mutant: str, fault: str) -> None:
+    with mock.patch.object(Lanes, method, MUTANTS[mutant]), accelerator.timeline() as done:
         step(PLANS["dualpipe"], LAYERS["dualpipe"], device=accelerator.DEVICE)
     assert any(fault in each for each in done.faults)
 
 
+@accelerator.apart
 def test_what_communicates_waits_for_its_own_work_and_what_comes_after_for_all() -> None:
     stream = accelerator.MODULE.current_stream
     with accelerator.timeline() as done:
         x = torch.zeros(4, device=accelerator.DEVICE)
-        lanes, clocks = Lanes(accelerator.DEVICE), {}
+        lanes, clocks = Lanes(torch.device(accelerator.DEVICE)), {}
 
         def sends() -> Iterator[str]:
             yield "compute"

@@ -9,12 +9,20 @@ another device; backward runs in a thread of its own. Streams are names: operati
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
+from importlib.util import module_from_spec, spec_from_file_location
+from inspect import getfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from tangram.testing import run_ranks
+
+DEVICE = "emulated:0"
+"""The device, where `set_up` made it known."""
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _READ = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
@@ -153,10 +161,7 @@ _memory: dict[int, tuple[torch.UntypedStorage, StorageWeakRef]] = {}
 MODULE = _Accelerator()
 """What torch.cuda is to a GPU."""
 
-_setup_privateuseone_for_python_backend("emulated", MODULE)
-DEVICE = torch.device("emulated", 0)
 _TYPE = int(torch._C._autograd.DeviceType.PrivateUse1)
-Stream()
 
 
 @contextmanager
@@ -165,6 +170,10 @@ def timeline() -> Iterator[Timeline]:
     global _timeline
     _timeline = Timeline()
     yield _timeline
+
+
+def _is_here(tensor: Tensor | torch.UntypedStorage) -> bool:
+    return tensor.device.type == "emulated"
 
 
 def _placed(storage: torch.UntypedStorage, like: Tensor, over: Tensor | None = None) -> Tensor:
@@ -179,7 +188,7 @@ def _adopted(tensor: Tensor, over: Tensor | None = None) -> Tensor:
     owner, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
     if not size:
         owner = torch.UntypedStorage(1)  # so that it has an address
-    storage = torch._C._construct_storage_from_data_pointer(owner.data_ptr(), DEVICE, size)
+    storage = torch._C._construct_storage_from_data_pointer(owner.data_ptr(), torch.device(DEVICE), size)
     _memory[owner.data_ptr()] = owner, StorageWeakRef(storage)
     _timeline.allocate(owner.data_ptr(), _current[-1])
     if len(_memory) % 512 == 0:
@@ -201,7 +210,7 @@ def on_cpu(tensor: Tensor) -> Tensor:
 
 def given_away(tensor: Tensor) -> Tensor:
     """Return the CPU's tensor over the bytes of one that a network reads or writes, after the current stream."""
-    if tensor.device != DEVICE:
+    if not _is_here(tensor):
         raise RuntimeError(f"a network of {DEVICE} is given a tensor {list(tensor.shape)} on {tensor.device}")
     place = {_place(tensor)}
     _timeline.run("a message", place, place, _current[-1], waited_for=False)
@@ -210,7 +219,7 @@ def given_away(tensor: Tensor) -> Tensor:
 
 def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
     """Give memory up, and what was in it is lost, or take it anew; its place stays the same here."""
-    if storage.device != DEVICE:
+    if not _is_here(storage):
         return _resized(storage, size)
     place = storage.data_ptr()
     if size:
@@ -221,7 +230,6 @@ def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
 
 
 _resized = torch.UntypedStorage.resize_
-torch.UntypedStorage.resize_ = _resize
 
 
 @cache
@@ -253,7 +261,7 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
 
     def seen(into: set[int]):
         def plain(tensor: Tensor) -> Tensor:
-            if tensor.device == DEVICE:
+            if _is_here(tensor):
                 pairs.append((on_cpu(tensor), tensor))
                 into.add(_place(tensor))
                 return pairs[-1][0]
@@ -294,7 +302,7 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
 
 def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Copy, also between the device and the CPU, for which the host waits."""
-    here = [tensor.device == DEVICE for tensor in (source, target)]
+    here = [_is_here(tensor) for tensor in (source, target)]
     plain, into = (on_cpu(tensor) if own else tensor for tensor, own in zip((source, target), here, strict=True))
     into.copy_(plain)
     reads, writes = ({_place(tensor)} if own else set() for tensor, own in zip((source, target), here, strict=True))
@@ -326,17 +334,44 @@ def _as_it_is(op: torch._ops.OpOverload):
     return lambda *args: op.redispatch(_CPU, *args)
 
 
-_fallback = torch.library.Library("_", "IMPL", "PrivateUse1")
-_fallback.fallback(_run, "PrivateUse1")
-_own = torch.library.Library("aten", "IMPL", "PrivateUse1")
-for _name in ("as_strided", "view", "_reshape_alias", "unfold"):
-    _own.impl(_name, _as_it_is(getattr(torch.ops.aten, _name).default))
-_own.impl("empty.memory_format", _empty)
-_own.impl("empty_strided", _empty_strided)
-_own.impl("record_stream", _record_stream)
-_own.impl("resize_", _made_as_large)
-_own.impl("_copy_from", _copy)
-# Or copying a conjugate would copy it first.
-_whole = [torch.library.Library("aten", "IMPL", key) for key in ("Conjugate", "Negative")]
-for _library, _key in zip(_whole, ("Conjugate", "Negative"), strict=True):
-    _library.impl("_copy_from", torch.library.fallthrough_kernel, _key)
+_libraries: list[torch.library.Library] = []
+
+
+def set_up() -> None:
+    """Make the device known to torch, for the rest of this process: before its first backward."""
+    _setup_privateuseone_for_python_backend("emulated", MODULE)
+    Stream()
+    every, own = (torch.library.Library(name, "IMPL", "PrivateUse1") for name in ("_", "aten"))
+    _libraries.extend((every, own))
+    every.fallback(_run, "PrivateUse1")
+    for name in ("as_strided", "view", "_reshape_alias", "unfold"):
+        own.impl(name, _as_it_is(getattr(torch.ops.aten, name).default))
+    own.impl("empty.memory_format", _empty)
+    own.impl("empty_strided", _empty_strided)
+    own.impl("record_stream", _record_stream)
+    own.impl("resize_", _made_as_large)
+    own.impl("_copy_from", _copy)
+    for key in ("Conjugate", "Negative"):  # or copying a conjugate would copy it first
+        _libraries.append(torch.library.Library("aten", "IMPL", key))
+        _libraries[-1].impl("_copy_from", torch.library.fallthrough_kernel, key)
+    torch.UntypedStorage.resize_ = _resize
+
+
+def apart(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in a process of its own that has the device.
+
+    A process that has one cannot let go of it: torch compiles for it, and forks no more once it went backward there.
+    """
+
+    @wraps(test)
+    def run(**arguments: object) -> None:
+        run_ranks(_called, 1, getfile(test), test.__name__, arguments)
+
+    return run
+
+
+def _called(rank: int, file: str, name: str, arguments: dict[str, object]) -> None:
+    set_up()
+    spec = spec_from_file_location(Path(file).stem, file)
+    spec.loader.exec_module(module := module_from_spec(spec))
+    getattr(module, name).__wrapped__(**arguments)

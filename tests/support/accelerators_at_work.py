@@ -12,6 +12,7 @@ PATIENCE = 60.0
 
 def two_steps(rank: int, ranks: int, overrides: Sequence[str]) -> tuple[list[Taken], list[str]]:
     """Return what two steps left, and what this rank's streams could have run in another order."""
-    strict_network.join(PATIENCE, accelerator.DEVICE.type, accelerator.given_away)
+    accelerator.set_up()
+    strict_network.join(PATIENCE, "emulated", accelerator.given_away)
     with accelerator.timeline() as done:
         return team_at_work.two_steps(rank, ranks, overrides, accelerator.DEVICE), done.faults

@@ -95,8 +95,8 @@ FOLLOWING = {*TRIED, "sharding"}
 """Slots whose laws follow a device; those of shardings take a while."""
 
 
-def tried_on(device: object, slot: str) -> type[Contract]:
-    return type("On", (CONTRACTS[slot],), {"config": TRIED[slot].config, "device": str(device)})
+def tried_on(device: str, slot: str) -> type[Contract]:
+    return type("On", (CONTRACTS[slot],), {"config": TRIED[slot].config, "device": device})
 
 
 def laws(contract: type[Contract]) -> list[Law]:
@@ -105,6 +105,7 @@ def laws(contract: type[Contract]) -> list[Law]:
 
 
 @pytest.mark.parametrize("slot", TRIED)
+@accelerator.apart
 def test_what_conforms_on_a_cpu_conforms_there(slot: str) -> None:
     there = tried_on(accelerator.DEVICE, slot)
     found = [examine(there, law) for law in laws(there)]
@@ -113,6 +114,7 @@ def test_what_conforms_on_a_cpu_conforms_there(slot: str) -> None:
 
 
 @pytest.mark.parametrize("slot", TRIED)
+@accelerator.apart
 def test_what_makes_a_tensor_on_the_cpu_fails_there_and_there_alone(slot: str) -> None:
     here, there = (tried_on(device, slot) for device in ("cpu", accelerator.DEVICE))
     mutant = TRIED[slot].mutant
@@ -126,6 +128,7 @@ def test_what_makes_a_tensor_on_the_cpu_fails_there_and_there_alone(slot: str) -
     "component",
     [f"{each.mark.slot}.{each.mark.use}" for each in Plugins.discover().registry if each.mark.slot in FOLLOWING],
 )
+@accelerator.apart
 def test_every_component_conforms_there(component: str) -> None:
-    report = run_checks(component, profile="ci", device=str(accelerator.DEVICE))
+    report = run_checks(component, profile="ci", device=accelerator.DEVICE)
     assert not [(each.law, each.why) for each in report.findings if each.bad]
