@@ -80,7 +80,7 @@ class Executor:
         reduce: Callable[[], None],
     ) -> None:
         self.program, self.micro_sequences, self.parallel = program, micro_sequences, parallel
-        self.lanes = Lanes(parallel.device)
+        self._lanes = Lanes(parallel.device)
         self._plans, self._checked = plans, dict[int, Lowered]()
         self._reduce = reduce
         self._channels = Channels(program.compute, parallel, program.n_stages)
@@ -113,7 +113,7 @@ class Executor:
         plan = lowered.plan
         with nullcontext() if plan.trains else torch.no_grad():
             mine = batch.rows(first, first + count * self.micro_sequences).to(self.parallel.device)
-            step = _Step(self.program, plan, mine, now, self.parallel, self.micro_sequences, self.lanes)
+            step = _Step(self.program, plan, mine, now, self.parallel, self.micro_sequences, self._lanes)
             for instruction in lowered.ranks[layout.pipeline_rank]:
                 self._follow(instruction, step)
             self._channels.flush()

@@ -1,14 +1,12 @@
 """A run on an accelerator is the run on a CPU; nothing mixes the two."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import accelerator
 import pytest
 import torch
-from corpus import folder
-from tiny import exact, tiny
+from tiny import exact, on_text, tiny
 
 from tangram.core import build_model
 from tangram.core.assembly import Seat, assemble
@@ -21,21 +19,17 @@ from tangram.core.run import train
 from tangram.core.sampling import Sampling
 from tangram.core.session import Outcome
 from tangram.core.step import train_step
-from tangram.plugins.data.text import TextConfig
 
 DEVICES = ("cpu", accelerator.DEVICE)
 
 
 def written(*overrides: str) -> Experiment:
     """Return an experiment on text, whose run evaluates and tries its drafts."""
-    files = json.dumps(list(TextConfig.example(folder()).files))
-    return exact(
-        "model.blocks.1={repeat: 1}",
-        "model.vocab_size=280",
-        f"data={{use: text, corpus: files, files: {files}, held_out_every: 12}}",
+    return on_text(
         "train={sequence_length: 16, micro_sequences: 4, tokens: 128, checkpoint_every: 1}",
         "observers.ema.decay=0.5",
         *overrides,
+        held_out_every=12,
     )
 
 

@@ -246,11 +246,11 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _each(fn: Callable[[Tensor], object], value: object) -> object:
+def each_tensor(fn: Callable[[Tensor], object], value: object) -> object:
     """Return a value with `fn` done to every tensor in it."""
     if isinstance(value, Tensor):
         return fn(value)
-    return type(value)(_each(fn, part) for part in value) if isinstance(value, list | tuple) else value
+    return type(value)(each_tensor(fn, part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
@@ -274,10 +274,10 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
     plain_args = [
         torch.scalar_tensor(arg, dtype=torch.float64 if isinstance(arg, float) else torch.int64)
         if place in wanted and isinstance(arg, int | float)  # a number that was wrapped comes as a number
-        else _each(seen(writes if place in places else reads), arg)
+        else each_tensor(seen(writes if place in places else reads), arg)
         for place, arg in enumerate(args)
     ]
-    plain_kwargs = {name: _each(seen(writes if name in names else reads), arg) for name, arg in kwargs.items()}
+    plain_kwargs = {name: each_tensor(seen(writes if name in names else reads), arg) for name, arg in kwargs.items()}
     if kwargs.get("generator") is not None:
         raise RuntimeError(f"{op}: a generator of the CPU draws for {DEVICE}")
     if "device" in kwargs:
@@ -293,8 +293,8 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
         return _adopted(tensor)
 
     found = op(*plain_args, **plain_kwargs)
-    result = _each(back, found)
-    _each(lambda tensor: writes.add(_place(tensor)), result)
+    result = each_tensor(back, found)
+    each_tensor(lambda tensor: writes.add(_place(tensor)), result)
     read = op._schema.name in _READ
     _timeline.run(op._schema.name, reads, writes, _current[-1], waited_for=read)
     return result

@@ -14,7 +14,7 @@ import httpx
 import torch
 from corpus import folder
 from released import fill
-from tiny import tiny
+from tiny import on_text
 
 from tangram.core import build_model, checkpoint, load_preset
 from tangram.core.continuation import Continuation, Request
@@ -24,7 +24,6 @@ from tangram.core.model import Model
 from tangram.core.presets import to_yaml
 from tangram.core.trained import Offer, load_model, load_offer
 from tangram.plugins.data.bpe import EOS
-from tangram.plugins.data.text import TextConfig
 from tangram.plugins.serving.command import Settings, bound, serving
 
 VOCABULARY, LENGTH = 280, 64
@@ -33,15 +32,7 @@ VOCABULARY, LENGTH = 280, 64
 @cache
 def run() -> Path:
     """Return the directory of a small run whose greedy texts do not repeat themselves at once."""
-    files = json.dumps(list(TextConfig.example(folder()).files))
-    experiment = tiny(
-        "name=small",
-        "model.blocks.1={repeat: 1}",
-        f"model.vocab_size={VOCABULARY}",
-        f"data={{use: text, corpus: files, files: {files}, held_out_every: 5}}",
-        f"train.sequence_length={LENGTH}",
-        "precision.compute=float64",
-    )
+    experiment = on_text("name=small", f"model.vocab_size={VOCABULARY}", f"train.sequence_length={LENGTH}")
     return _saved(experiment, folder() / "served")
 
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 from functools import partial
 
 import torch
+from accelerator import each_tensor
 from torch import Tensor, distributed
 from torch.distributed import Backend, PrefixStore, ProcessGroup, ProcessGroupGloo, Store
 from torch.distributed.distributed_c10d import _get_default_store
@@ -82,7 +83,7 @@ class StrictGroup(ProcessGroup):
             setattr(self, _RENAMED.get(name, name), partial(self._together, getattr(self._gloo, name)))
 
     def _together(self, act: Callable[..., distributed.Work], *args: object, **kwargs: object) -> distributed.Work:
-        return act(*(_each(self._seen, arg) for arg in args), **kwargs)
+        return act(*(each_tensor(self._seen, arg) for arg in args), **kwargs)
 
     def send(self, tensors: list[Tensor], target: int, tag: int) -> Asked:
         return self._ask(f"send from {self.rank()} to {target}", target, self._gloo.send, tensors)
@@ -103,13 +104,6 @@ class StrictGroup(ProcessGroup):
             self._store.wait([f"{other} turned to {self.rank()}"], timedelta(seconds=self._patience))
         except distributed.DistStoreError:
             raise StuckError(f"{self.rank()} turned to {other} and {other} not to {self.rank()}") from None
-
-
-def _each(fn: Callable[[Tensor], Tensor], value: object) -> object:
-    """Return a value with `fn` done to every tensor in it."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    return [_each(fn, part) for part in value] if isinstance(value, list) else value
 
 
 def join(patience: float, device: str = "cpu", seen: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:

@@ -1,11 +1,15 @@
 """A DeepSeek-V3 small enough for proofs: every piece is there, and a step takes milliseconds."""
 
+import json
+
 import torch
+from corpus import folder
 
 from tangram.core import load_preset
 from tangram.core.assembly import assemble
 from tangram.core.experiment import Experiment
 from tangram.core.step import Trainer
+from tangram.plugins.data.text import TextConfig
 
 SMALL = (
     "model.dim=16",
@@ -34,6 +38,17 @@ def tiny(*overrides: str) -> Experiment:
 def exact(*overrides: str) -> Experiment:
     """Return the small V3 in float64, for proofs about gradients."""
     return tiny("precision.compute=float64", *overrides)
+
+
+def on_text(*overrides: str, held_out_every: int = 5) -> Experiment:
+    """Return a smaller V3 in float64 on a few files of text, with a tokenizer."""
+    files = json.dumps(list(TextConfig.example(folder()).files))
+    return exact(
+        "model.blocks.1={repeat: 1}",
+        "model.vocab_size=280",
+        f"data={{use: text, corpus: files, files: {files}, held_out_every: {held_out_every}}}",
+        *overrides,
+    )
 
 
 def backward(run: Trainer) -> dict[str, torch.Tensor]:
