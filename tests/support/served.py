@@ -108,9 +108,14 @@ class Server:
         self.stop()
         self._thread.join()
 
+    def ask(self, prompt: object, patience: float = 120, **fields: object) -> httpx.Response:
+        """Return what becomes of a request for greedy completions; wait so many seconds for it."""
+        body = {"prompt": prompt, "temperature": 0, **fields}
+        return self.client.post("/v1/completions", json=body, timeout=httpx.Timeout(120, read=patience))
+
     def complete(self, prompt: object, **fields: object) -> dict:
-        """Return the answer to a request for completions."""
-        answer = self.client.post("/v1/completions", json={"prompt": prompt, "temperature": 0, **fields})
+        """Return the answer to a request for greedy completions."""
+        answer = self.ask(prompt, **fields)
         assert answer.status_code == 200, answer.text
         return answer.json()
 

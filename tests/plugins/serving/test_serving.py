@@ -172,7 +172,7 @@ def test_a_client_that_goes_away_frees_its_row_and_its_blocks(narrow: Server) ->
         next(pieces)
         assert narrow.metrics()["tangram_running"] == 1
     with pytest.raises(httpx.ReadTimeout):
-        narrow.client.post("/v1/completions", json={"prompt": "a", "max_tokens": ENDLESS - 9}, timeout=0.05)
+        narrow.ask("a", patience=0.05, max_tokens=ENDLESS - 9)
     after = idle(narrow)
     assert after["tangram_cancelled_total"] - before["tangram_cancelled_total"] == 2
     assert after["tangram_tokens_total"] - before["tangram_tokens_total"] < ENDLESS
@@ -185,7 +185,7 @@ def test_a_full_queue_refuses_and_who_leaves_it_makes_room(narrow: Server) -> No
     with narrow.stream("a", max_tokens=ENDLESS - 9) as running:
         next(running)
         with narrow.stream("b", max_tokens=9):
-            refused = narrow.client.post("/v1/completions", json={"prompt": "c"})
+            refused = narrow.ask("c")
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert narrow.metrics()["tangram_waiting"] == 1
@@ -194,26 +194,26 @@ def test_a_full_queue_refuses_and_who_leaves_it_makes_room(narrow: Server) -> No
         with narrow.stream("d", max_tokens=9):
             assert narrow.metrics()["tangram_waiting"] == 1
     assert idle(narrow)['tangram_requests_total{status="429"}'] == 1
-    many = narrow.client.post("/v1/completions", json={"prompt": "c", "n": 3})
+    many = narrow.ask("c", n=3)
     assert many.status_code == 400 and many.json()["error"]["param"] == "n"  # more than there could ever be room for
 
 
 def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new() -> None:
-    with Server(batch=1, context=200) as server, server.stream("a", max_tokens=120) as pieces:
+    with Server(batch=1, context=400) as server, server.stream("a", max_tokens=360) as pieces:
         said = next(pieces)["choices"][0]["text"]
         server.stop()
         while server.client.get("/health").status_code == 200:
             pass
-        refused = server.client.post("/v1/completions", json={"prompt": "b"})
+        refused = server.ask("b")
         assert refused.status_code == 503 and refused.json()["error"]["type"] == "server_error"
         rest = list(pieces)
     assert server.code == 0
-    assert said + "".join(event["choices"][0]["text"] for event in rest) == expected("a", 120)[0]
+    assert said + "".join(event["choices"][0]["text"] for event in rest) == expected("a", 360)[0]
 
 
 def test_a_request_has_only_so_much_time() -> None:
     with Server(batch=2, context=ENDLESS, seconds=0.3) as server:
-        late = server.client.post("/v1/completions", json={"prompt": "a", "max_tokens": ENDLESS - 9})
+        late = server.ask("a", max_tokens=ENDLESS - 9)
         assert late.status_code == 504 and late.json()["error"]["type"] == "server_error"
         with server.stream("a", max_tokens=ENDLESS - 9) as pieces:
             *_, last = pieces
