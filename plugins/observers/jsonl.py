@@ -29,10 +29,12 @@ class Jsonl:
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
+        self._every = 0
 
     @HOOKIMPL
     def tangram_run_started(self, run: RunView) -> None:
         """Open the file; of a resumed run, drop what will be run again."""
+        self._every = run.experiment.train.evaluate_every
         self._open(run.directory / "metrics.jsonl", run.progress)
 
     @HOOKIMPL
@@ -57,7 +59,7 @@ class Jsonl:
 
     def _open(self, path: Path, now: Progress) -> None:
         if path.exists():
-            _keep(path, now)
+            _keep(path, now, self._every)
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def _write(self, row: dict[str, float | int | str] | dict[str, float | int | bool]) -> None:
@@ -70,18 +72,21 @@ def _not_finite(value: float | str) -> bool:
     return isinstance(value, float) and not math.isfinite(value)  # which JSON cannot write
 
 
-def _keep(path: Path, now: Progress) -> None:
-    """Drop the rows of what comes after `now`, of an end that comes again, and of rollbacks that `now` does not know.
+def _keep(path: Path, now: Progress, every: int) -> None:
+    """Drop the rows of what comes after `now` or comes again, and of rollbacks that `now` does not know.
 
-    A run that is cut off before the checkpoint of a rollback is sealed will be rolled back again.
+    A run that is cut off before the checkpoint of a rollback is sealed will be rolled back again. What comes again at
+    `now` itself is the evaluation before the first step and that of the end, not the one after `every` steps.
     """
-    rows = []
+    rows, kept = [], 1 if every and now.step and now.step % every == 0 else 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:  # the line that a crash cut off
             continue
-        again = row["step"] > now.step or (row["step"] == now.step and row.get("eval.complete"))
+        evaluation = row["step"] == now.step and "eval.complete" in row
+        kept -= evaluation
+        again = row["step"] > now.step or (evaluation and kept < 0)
         if not again and row.get("skipped", -1) in (-1, *now.skipped):
             rows.append(line + "\n")
     write_whole(path, "".join(rows))

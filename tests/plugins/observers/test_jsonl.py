@@ -19,7 +19,7 @@ from tangram.plugins.observers.jsonl import JsonlConfig
 
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
-    return tiny()
+    return tiny("train.evaluate_every=2")
 
 
 def view(experiment: Experiment, directory: Path, step: int = 0) -> RunView:
@@ -32,22 +32,37 @@ def step_report(step: int, loss: float = 2.0, verdict: Verdict = Verdict.ACCEPT)
     return StepReport(before, after, 1e-3, outcome, GradientNorm(0.5), verdict, routed={1: 2}, biases={1: 0.25})
 
 
-def evaluation(step: int) -> EvalReport:
-    return EvalReport(Progress(step, 48 * step), {"next_token": 1.5}, 2.25, 100, 99, complete=False)
+def evaluation(step: int, *, complete: bool = False) -> EvalReport:
+    return EvalReport(Progress(step, 48 * step), {"next_token": 1.5}, 2.25, 100, 99, complete)
 
 
 def rows(directory: Path) -> list[dict[str, float | int | str | bool]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def watched(experiment: Experiment, directory: Path, first: int, last: int) -> None:
-    """Run steps `first` to `last`, an evaluation after each even one, and end well."""
+def watched(
+    experiment: Experiment, directory: Path, first: int, last: int, *, complete: bool = False, begins: bool = False
+) -> None:
+    """Run steps `first` to `last`, an evaluation after each even one, and end well.
+
+    Args:
+        experiment: The experiment.
+        directory: The run directory.
+        first: The first step.
+        last: The last step.
+        complete: Whether the evaluations under way are on all held-out text.
+        begins: Whether there is an evaluation before the first step of all, and one on all text at the end.
+    """
     hook, run = run_manager({"jsonl": JsonlConfig().build()}).hook, view(experiment, directory, first - 1)
     hook.tangram_run_started(run=run)
+    if begins and first == 1:
+        hook.tangram_evaluated(run=run, report=evaluation(0, complete=complete))
     for step in range(first, last + 1):
         hook.tangram_step_ended(run=run, report=step_report(step))
         if step % 2 == 0:
-            hook.tangram_evaluated(run=run, report=evaluation(step))
+            hook.tangram_evaluated(run=run, report=evaluation(step, complete=complete))
+    if begins:
+        hook.tangram_evaluated(run=run, report=evaluation(last, complete=True))
     hook.tangram_run_ended(run=run, error=None)
 
 
@@ -78,14 +93,23 @@ def test_a_step_is_on_disk_before_the_next_one_begins(experiment, tmp_path):
     hook.tangram_run_ended(run=run, error=None)
 
 
-@given(crash=st.integers(1, 6), checkpoint=st.integers(0, 6), torn=st.integers(0, 60))
-def test_a_resumed_run_leaves_the_rows_of_one_that_never_stopped(experiment, tmp_path_factory, crash, checkpoint, torn):
+@given(
+    crash=st.integers(1, 8),
+    checkpoint=st.integers(0, 8),
+    torn=st.integers(0, 60),
+    complete=st.booleans(),
+    begins=st.booleans(),
+)
+def test_a_resumed_run_leaves_the_rows_of_one_that_never_stopped(
+    experiment, tmp_path_factory, crash, checkpoint, torn, complete, begins
+):
     whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
-    watched(experiment, whole, 1, 8)
-    watched(experiment, cut, 1, crash)
+    how = {"complete": complete, "begins": begins}
+    watched(experiment, whole, 1, 8, **how)
+    watched(experiment, cut, 1, crash, **how)
     path = cut / "metrics.jsonl"
     path.write_text(path.read_text() + (json.dumps(step_report(crash + 1).metrics()) + "\n")[:torn])
-    watched(experiment, cut, min(checkpoint, crash) + 1, 8)
+    watched(experiment, cut, min(checkpoint, crash) + 1, 8, **how)
     assert path.read_text() == (whole / "metrics.jsonl").read_text()
     assert [file.name for file in cut.iterdir()] == ["metrics.jsonl"]
 
