@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from pathlib import Path
 
 import torch
 from attrs import evolve, field, frozen
@@ -14,6 +15,7 @@ from tangram.core.layout import Layout
 from tangram.core.model import Model, build_model
 from tangram.core.plan import split
 from tangram.core.process import own_device
+from tangram.core.provenance import is_run
 from tangram.core.records import Progress
 from tangram.core.step import Trainer
 
@@ -182,8 +184,10 @@ def rehearse(experiment: Experiment, ranks: int | None = None) -> Rehearsal:
     sharding = built("parallel.sharding", asked.sharding.build, everything)
     built("optimizer", experiment.optimizer.build, built("parallel.sharding", sharding.attach, model))
     held = _held(model, layout)
-    remarks = tuple(_refused_steps(pipeline, asked.pipeline_ranks, sizes, train.micro_sequences * data_ranks))
-    return Rehearsal(len(sizes), ranks, min(held), max(held), remarks)
+    remarks = list(_refused_steps(pipeline, asked.pipeline_ranks, sizes, train.micro_sequences * data_ranks))
+    if train.init_from and not is_run(Path(train.init_from).expanduser()):
+        remarks.append(f"train.init_from: there is no run {train.init_from} yet")
+    return Rehearsal(len(sizes), ranks, min(held), max(held), tuple(remarks))
 
 
 def refuse_unfit(run: Trainer) -> None:

@@ -236,7 +236,12 @@ def in_shares(state: State, owned: Container[str], shares: Mapping[str, range]) 
 
 
 def load_model(
-    path: Path, model: nn.Module, shares: Mapping[str, range] = MappingProxyType({}), *, whole: bool = True
+    path: Path,
+    model: nn.Module,
+    shares: Mapping[str, range] = MappingProxyType({}),
+    *,
+    whole: bool = True,
+    but: tuple[str, ...] = (),
 ) -> None:
     """Load the weights and biases that the model holds.
 
@@ -245,12 +250,14 @@ def load_model(
         model: The model.
         shares: The experts that it holds, for each address of which it holds not all.
         whole: Whether it holds all stages.
+        but: Beginnings of addresses that are neither read nor missed.
 
     Raises:
         CheckpointError: Names or shapes differ.
     """
-    parts, held = Parts(path, "model"), model.state_dict()
-    there = {key: parts.shape(key) for key in parts.keys()}  # noqa: SIM118 (no mapping)
+    parts = Parts(path, "model")
+    held = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(but)}
+    there = {key: parts.shape(key) for key in parts.keys() if not key.startswith(but)}  # noqa: SIM118 (no mapping)
     for key, tensor in held.items():
         wanted = tensor.shape
         if key in there and key in shares and shares[key].stop <= there[key][0]:

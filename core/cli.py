@@ -251,7 +251,7 @@ def train(
     from tangram.core.contracts import NonFiniteError
     from tangram.core.interruption import RunInterruptedError
     from tangram.core.launch import launch, leave, take_seat
-    from tangram.core.provenance import RUN_PRESET
+    from tangram.core.provenance import is_run
     from tangram.core.run import directory_of, resumable
     from tangram.core.run import train as run
 
@@ -260,13 +260,13 @@ def train(
     directory, files = directory_of(experiment, out), (*plugin, *map(Path, experiment.plugins))
     if nproc > 1:
         building(resolved, lambda: data_ranks_of(experiment, nproc))
-        if (directory / RUN_PRESET).exists() and not resume:
+        if is_run(directory) and not resume:
             return refuse(f"{directory} holds a run already; continue it with --resume or choose another --out")
         flags = ["--out", str(directory), *(["--resume"] if resume else [])]
         flags += [text for file in plugin for text in ("--plugin", str(file))]
         return launch(["train", preset, *overrides, *flags], nproc)
     seat = take_seat()
-    resume = resume or (seat.lives > 0 and (directory / RUN_PRESET).exists())
+    resume = resume or (seat.lives > 0 and is_run(directory))
     found = resumable(directory) if resume and seat.leads else None
     if not seat.leads:
         pass
@@ -376,10 +376,11 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, PluginError):
         return BROKEN
     from tangram.core.checkpoint import CheckpointError
+    from tangram.core.context import BuildError
     from tangram.core.session import RunError
     from tangram.kernels.backend import BackendError
 
-    if isinstance(error, RunError | BackendError):
+    if isinstance(error, RunError | BuildError | BackendError):
         return USAGE
     return FAILED if isinstance(error, CheckpointError) else None
 

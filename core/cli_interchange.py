@@ -18,7 +18,6 @@ def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = F
         shard_size: Most bytes of weights in a file, such as 200MB; 5GB by default.
         fp8: Write the linears as E4M3 with a scale for each 128 x 128 block, as the release does.
     """
-    from tangram.core.context import BuildError
     from tangram.core.deepseek_format import FormatError
     from tangram.core.interchange import FullDiskError
     from tangram.core.interchange import export as write
@@ -30,7 +29,7 @@ def export(run: Path, folder: Path, /, *, shard_size: str = "5GB", fp8: bool = F
         return refuse(f"--shard-size {shard_size} is no size; write 5GB or 200MB")
     try:
         written = write(run, folder, shard_bytes=shard_bytes, fp8=fp8, plugins=plugin)
-    except (InterchangeError, BuildError) as error:
+    except InterchangeError as error:
         return refuse(str(error))
     except FormatError as error:
         return refuse(f"{run / 'experiment.yaml'}: {error}")
@@ -50,7 +49,6 @@ def import_(folder: Path, /, *overrides: str, out: Path | None = None, plugin: F
         overrides: Changes to the run's experiment: dotted.path=value. The model stays what the folder says.
         out: The run directory; new or empty; by default below runs, with the folder's name.
     """
-    from tangram.core.context import BuildError
     from tangram.core.deepseek_format import FormatError
     from tangram.core.interchange import FullDiskError, import_model
     from tangram.core.tensor_file import TensorFileError
@@ -59,7 +57,7 @@ def import_(folder: Path, /, *overrides: str, out: Path | None = None, plugin: F
     directory = out or Path("runs", folder.resolve().name)
     try:
         read = import_model(folder, directory, overrides, plugins=plugin)
-    except (InterchangeError, TensorFileError, BuildError) as error:
+    except (InterchangeError, TensorFileError) as error:
         return refuse(str(error))
     except FormatError as error:
         return refuse(f"{folder / 'config.json'}: {error}")

@@ -17,26 +17,29 @@ def evaluate(
     tasks: tuple[str, ...] = (),
     needle: bool = False,
     needle_lengths: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (),
+    positions: int | None = None,
     ema: bool = False,
     json_: Json = False,
     plugin: Files = (),
 ) -> int:
-    """Evaluate a run's newest checkpoint on all held-out text, and leave the run as it is; or on tasks or a needle.
+    """Evaluate a run's newest checkpoint on all held-out text; or on tasks or a needle, or by position.
 
-    Those write what they find into the run's folder evaluations, where its report finds it.
+    The first leaves the run as it is; the others write what they find into its folder evaluations, where its report
+    finds it.
 
     Args:
         run: The run directory.
         tasks: A task of lm-evaluation-harness: its file, a folder of such files, or its name; may be repeated.
         needle: Hide facts in long texts, at several lengths and depths, and ask for them.
         needle_lengths: Tokens of those texts; by default up to what the run was trained on.
+        positions: The loss of held-out text by position, in sequences of so many tokens.
         ema: Take the averaged weights that the observer ema kept.
     """
-    if tasks or needle or needle_lengths:
+    if tasks or needle or needle_lengths or positions is not None:
         # By its name: such evaluation stands above the core.
         command = import_module("tangram.plugins.evaluation.command")
         lengths = needle_lengths if needle or needle_lengths else None
-        return int(command.evaluate(run, tasks, lengths, ema, json_, plugin))
+        return int(command.evaluate(run, tasks, lengths, positions, ema, json_, plugin))
     from tangram.core.evaluation import evaluate as evaluated
     from tangram.core.run import load_run
 

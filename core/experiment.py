@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from attrs import field, frozen
-from attrs.validators import and_, ge, gt, in_, le, min_len
+from attrs.validators import and_, ge, gt, in_, le, min_len, optional
 
 from tangram.core.contracts import (
     AttentionConfig,
@@ -101,6 +101,8 @@ class TrainConfig:
         lr: Learning rate, a curve.
         clip: Largest global gradient norm.
         seed: Seed of the initial weights and of the order of the data.
+        init_from: A run whose newest weights and expert biases to start from, relative to the working directory;
+            null draws them.
         evaluate_every: Steps between evaluations on part of the held-out text; 0 for none before the end.
         evaluate_sequences: Held-out sequences of such an evaluation; the one at the end sees all.
         checkpoint_every: Steps between checkpoints; 0 for one at the end only.
@@ -116,6 +118,7 @@ class TrainConfig:
     lr: Curve
     clip: float = field(default=1.0, validator=gt(0.0))
     seed: int = field(default=0, validator=ge(0))
+    init_from: str | None = field(default=None, validator=optional(min_len(1)))
     evaluate_every: int = field(default=0, validator=ge(0))
     evaluate_sequences: int = field(default=64, validator=gt(0))
     checkpoint_every: int = field(default=0, validator=ge(0))

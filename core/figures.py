@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tangram.core.drawing import COLOURS, DASHES, drawing, plain_thousands, thinned
 from tangram.core.reports import RunRecord, Trace, number
-from tangram.core.scores import NeedleGrid
+from tangram.core.scores import NeedleGrid, PositionLosses
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -251,6 +251,21 @@ def needle_map(grid: NeedleGrid) -> str:
                     said = f"{round(share * grid.needles)}"
                     axes.text(column, row, said, color=colour, ha="center", va="center")
         axes.figure.colorbar(image, ax=axes, label="share repeated")
+    return drawn[0]
+
+
+def position_losses(found: PositionLosses) -> str:
+    """Draw the loss of each range of positions, and how far the run was trained."""
+    with drawing(f"positions-{found.weights}") as (axes, drawn):
+        axes.set_xscale("log", base=2)
+        axes.stairs(found.losses, (found.stops[0] / 2, *found.stops), baseline=None, color=COLOURS[0], linewidth=2)
+        if found.trained < found.stops[-1]:
+            axes.axvline(found.trained, color=COLOURS[-1], linestyle=":", label="trained on so many at a time")
+            axes.legend()
+        axes.set_xticks(found.stops, [f"{stop:,}" for stop in found.stops])
+        axes.minorticks_off()
+        axes.set_xlabel("position")
+        axes.set_ylabel("loss, nats per token")
     return drawn[0]
 
 

@@ -22,12 +22,12 @@ from tangram.core.model import build_model
 from tangram.core.parts import PartsReader
 from tangram.core.presets import digest_anywhere, dump, load_preset, to_yaml
 from tangram.core.process import versions
-from tangram.core.provenance import RUN_PRESET, tell_changes
+from tangram.core.provenance import RUN_PRESET, is_run, tell_changes
 from tangram.core.records import Progress
 from tangram.core.tensor_file import Spec, TensorWriter
 from tangram.core.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from tangram.core.tokenizer_files import FILE as TOKENIZER
-from tangram.core.tokenizer_files import token_ids, write_json, write_tokenizer
+from tangram.core.tokenizer_files import token_ids, tokenizer_digest, write_json, write_tokenizer
 from tangram.core.weight_folder import INDEX, InterchangeError, WeightFolder, batches, read_json
 from tangram.kernels import quantize_blocks
 
@@ -120,7 +120,7 @@ def export(
         FullDiskError: The folder could not be written.
         BuildError: The data, which has the tokenizer, cannot be built.
     """
-    if not (run / RUN_PRESET).exists():
+    if not is_run(run):
         raise InterchangeError(f"{run} is no run directory: it has no {RUN_PRESET}")
     experiment = load_preset(run / RUN_PRESET, plugins=plugins)
     tell_changes(run, experiment)
@@ -252,7 +252,7 @@ def import_model(folder: Path, out: Path, overrides: Sequence[str] = (), *, plug
 def _refuse_what_is_no_model(folder: Path) -> None:
     if not folder.is_dir():
         raise InterchangeError(f"{folder} is no folder")
-    if (folder / RUN_PRESET).exists():
+    if is_run(folder):
         raise InterchangeError(
             f"{folder} is a run already; `tangram export {folder} DIR` makes of it what can be imported"
         )
@@ -303,6 +303,7 @@ def _write_run(out: Path, experiment: Experiment, weights: WeightFolder, wanted:
         "seconds": 0.0,
         "experiment": digest_anywhere(experiment),
         "data": data.fingerprint,
+        "tokenizer": tokenizer_digest(data.tokenizer),
         "liveness": asdict(_liveness(weights, wanted)),
         "versions": versions(),
     }
@@ -316,7 +317,7 @@ def _liveness(weights: WeightFolder, wanted: Sequence[Piece]) -> Liveness:
     for piece in wanted:
         if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.gate\.e_score_correction_bias", piece.name):
             start[match[1]] = [float(value) for _, rows in weights.batches(piece) for value in rows.flatten()]
-    return Liveness(start=start, load={layer: [0] * len(biases) for layer, biases in start.items()})
+    return Liveness(start=start, trained=True, load={layer: [0] * len(biases) for layer, biases in start.items()})
 
 
 def _model_writer(experiment: Experiment, weights: WeightFolder, wanted: Sequence[Piece]) -> Callable[[Path], None]:

@@ -45,6 +45,7 @@ class Liveness:
         violated: Largest load violation of each layer (as a string) with a balancer.
         start: The expert biases that those layers began with.
         load: Tokens per expert of each layer (as a string) with a router, over all accepted steps.
+        trained: Whether the weights were trained before: then a loss need not fall.
     """
 
     steps: int = 0
@@ -54,14 +55,17 @@ class Liveness:
     violated: dict[str, float] = field(factory=dict)
     start: dict[str, list[float]] = field(factory=dict)
     load: dict[str, list[int]] = field(factory=dict)
+    trained: bool = False
 
-    def begin(self, experts: Sequence[int], biases: Mapping[int, list[float]]) -> None:
+    def begin(self, experts: Sequence[int], biases: Mapping[int, list[float]], *, trained: bool = False) -> None:
         """Remember what the run starts with.
 
         Args:
             experts: Routed experts of each layer; 0 where there is no router.
             biases: The expert biases of each layer whose balancer moves them.
+            trained: Whether the weights were trained before.
         """
+        self.trained = trained
         self.start = {str(layer): biases[layer] for layer in sorted(biases)}
         self.load = {str(layer): [0] * n_experts for layer, n_experts in enumerate(experts) if n_experts}
 
@@ -112,7 +116,8 @@ class Liveness:
         fall = fmean(early) - fmean(late)
         noise = math.sqrt((_variance(early) + _variance(late)) / WINDOW)
         why = f"loss {fmean(early):.3f} -> {fmean(late):.3f}"
-        return Piece(path, fall > 2 * noise, why if fall > 2 * noise else f"{why}: it did not fall")
+        alive = self.trained or fall > 2 * noise
+        return Piece(path, alive, why if alive else f"{why}: it did not fall")
 
     def _balance(self, layer: str, bias: list[float]) -> Piece:
         path, worst = self._balancer(layer), self.violated.get(layer, 0.0)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from tangram.core.figures import FIGURES, needle_map
+from tangram.core.figures import FIGURES, needle_map, position_losses
 from tangram.core.files import write_whole
 from tangram.core.liveness import Piece
 from tangram.core.markup import NO_DATA, document, dotted, figure, none, table, text, verbatim
@@ -34,7 +34,7 @@ def page(run: RunRecord) -> str:
     sections = [
         ("Curves", _figures(run)),
         ("Held-out text", _held_out(run)),
-        ("Tasks and hidden facts", _scores(run)),
+        ("Tasks, hidden facts and positions", _scores(run)),
         ("Pieces", _pieces(run)),
         ("Costs", _costs(run)),
         ("Sample", verbatim(run.sample)),
@@ -105,9 +105,9 @@ def _held_out(run: RunRecord) -> str:
 
 
 def _scores(run: RunRecord) -> str:
-    """Return what was scored on tasks, and a map for every grid of hidden facts."""
-    if not run.scores and not run.grids:
-        return none("tangram evaluate RUN --tasks FILE, or --needle, has not been asked")
+    """Return what was scored on tasks, a map for every grid of hidden facts, and the losses by position."""
+    if not (run.scores or run.grids or run.positions):
+        return none("tangram evaluate RUN --tasks FILE, --needle, or --positions LENGTH, has not been asked")
     rows = [
         (
             dotted(score.task),
@@ -121,7 +121,7 @@ def _scores(run: RunRecord) -> str:
         for metric in score.metrics
     ]
     header = ("task", "weights", "items", "shots", "metric", "value ± standard error")
-    maps = [
+    drawn = [
         figure(
             f"Needle in a haystack, {grid.weights} weights",
             f"Facts repeated, of {grid.needles} hidden in {grid.text} text at each place; step {grid.step:,}, "
@@ -130,8 +130,16 @@ def _scores(run: RunRecord) -> str:
         )
         for grid in run.grids
     ]
-    drawn = '<div class="figures">\n' + "\n".join(maps) + "\n</div>" if maps else ""
-    return (table(header, rows) if rows else "") + drawn
+    drawn += [
+        figure(
+            f"Loss by position, {found.weights} weights",
+            f"Held-out text in sequences of {found.stops[-1]:,} tokens; step {found.step:,}.",
+            position_losses(found),
+        )
+        for found in run.positions
+    ]
+    figures = '<div class="figures">\n' + "\n".join(drawn) + "\n</div>" if drawn else ""
+    return (table(header, rows) if rows else "") + figures
 
 
 def _pieces(run: RunRecord) -> str:
@@ -190,5 +198,7 @@ def _settings(run: RunRecord) -> str:
 def _about(run: RunRecord) -> str:
     rows = [(text(name), text(version)) for name, version in run.versions.items()]
     rows.append(("data", text(run.data or NO_DATA)))
+    if run.start:
+        rows.append(("started from the weights of", text(run.start)))
     command = verbatim(shlex.join(run.command))
     return f"{command}\n{table(('what', 'version or fingerprint'), rows)}"

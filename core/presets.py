@@ -334,7 +334,8 @@ def digest(experiment: Experiment) -> str:
 
 def digest_anywhere(experiment: Experiment) -> str:
     """Return the digest without where the work runs: that of runs which may go on from each other's checkpoints."""
-    return _digest({name: value for name, value in dump(experiment).items() if name != "parallel"})
+    tree = cast(dict[str, Plain], plain(experiment))
+    return _digest({name: value for name, value in tree.items() if name != "parallel"})
 
 
 def _digest(value: Plain) -> str:
@@ -344,9 +345,12 @@ def _digest(value: Plain) -> str:
 
 
 def _one_spelling(value: Plain) -> Plain:
-    """Write a whole float as an integer, so that equal experiments have one digest."""
+    """Write a whole float as an integer, so that equal experiments have one digest, and leave out what is null.
+
+    So a setting that a later version adds, and that may be null, changes the digest of no run from before.
+    """
     if isinstance(value, dict):
-        return {key: _one_spelling(item) for key, item in value.items()}
+        return {key: _one_spelling(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_one_spelling(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

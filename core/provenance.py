@@ -16,6 +16,11 @@ RUN_PRESET = "experiment.yaml"
 """What a run calls its preset. A preset file of this name is a run's word, and so is what it extends."""
 
 
+def is_run(directory: Path) -> bool:
+    """Return whether a run was begun there."""
+    return (directory / RUN_PRESET).is_file()
+
+
 def used_files(experiment: Experiment) -> dict[str, str]:
     """Return the SHA-256 of each single-file plugin that the experiment lists or takes a component from, by path."""
     modules = {type(config).__module__ for config in configs_in(experiment)}

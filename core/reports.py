@@ -10,7 +10,7 @@ from attrs import evolve, field, frozen
 
 from tangram.core.config import ConfigError, Node, Plain, Scalar, load
 from tangram.core.liveness import Piece
-from tangram.core.scores import NeedleGrid, TaskScore, read_grids, read_scores
+from tangram.core.scores import NeedleGrid, PositionLosses, TaskScore, read_grids, read_positions, read_scores
 
 if TYPE_CHECKING:
     from tangram.core.measure import Measures
@@ -65,12 +65,14 @@ class RunRecord:
         saving: What the checkpoints cost, see `tangram.core.saver.Saving`; empty where the run did not end well.
         scores: What was scored on tasks.
         grids: How hidden facts were found.
+        positions: How well held-out text was predicted by position.
         pieces: What became of each named piece; empty where the run did not end well.
         sample: The continued prompt; empty where there is none.
         speculation: Share of the drafts kept at each depth, and tokens a round; empty where nothing drafts.
         command: The command line, word by word.
         versions: What the numbers depend on.
         data: Fingerprint of the data.
+        start: The checkpoint whose weights the run started from; empty where they were drawn.
         references: Bits per byte of general compressors on the held-out text, by name.
         held_out_bytes: UTF-8 bytes of the held-out text; 0 where there is none.
         measures: What the model costs; None where it cannot be built here.
@@ -86,12 +88,14 @@ class RunRecord:
     saving: Mapping[str, float] = field(factory=dict)
     scores: tuple[TaskScore, ...] = ()
     grids: tuple[NeedleGrid, ...] = ()
+    positions: tuple[PositionLosses, ...] = ()
     pieces: tuple[Piece, ...] = ()
     sample: str = ""
     speculation: Mapping[str, float] = field(factory=dict)
     command: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(factory=dict)
     data: str = ""
+    start: str = ""
     references: Mapping[str, float] = field(factory=dict)
     held_out_bytes: int = 0
     measures: "Measures | None" = None
@@ -187,12 +191,14 @@ def read_files(directory: str | Path) -> RunRecord:
         saving=_numbers(_map(verdict.get("saving"))),
         scores=read_scores(directory, gaps),
         grids=read_grids(directory, gaps),
+        positions=read_positions(directory, gaps),
         pieces=tuple(_pieces(verdict.get("pieces"))),
         sample=str(verdict.get("sample", "")),
         speculation=_numbers(_map(verdict.get("speculation"))),
         command=tuple(map(str, _list(about.get("command")))),
         versions={key: str(value) for key, value in _map(about.get("versions")).items()},
         data=str(about.get("data", "")),
+        start=str(_map(about.get("start")).get("checkpoint", "")),
         references=_numbers(_map(held_out.get("references"))),
         held_out_bytes=int(number(held_out.get("bytes")) or 0),
         gaps=tuple(gaps),

@@ -1,8 +1,11 @@
 """A run: from a resolved preset to a directory with weights, metrics and a verdict on every piece."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+
+from attrs import asdict
 
 from tangram.core import checkpoint
 from tangram.core.assembly import Seat, alone, assemble, refuse_unfit
@@ -15,9 +18,10 @@ from tangram.core.experiment import Experiment
 from tangram.core.files import write_whole
 from tangram.core.plugins import run_manager
 from tangram.core.presets import digest, load_preset, to_yaml
-from tangram.core.provenance import RUN_PRESET, tell_changes, used_files
+from tangram.core.provenance import RUN_PRESET, is_run, tell_changes, used_files
 from tangram.core.saver import Saver
 from tangram.core.session import Outcome, RunError, Session
+from tangram.core.start import source, start_from
 from tangram.core.step import Trainer
 
 
@@ -38,7 +42,7 @@ def resumable(directory: str | Path) -> Found | None:
     root = Path(directory) / "checkpoints"
     checkpoint.settle(root)
     found = checkpoint.newest(root)
-    if found is None and not (Path(directory) / RUN_PRESET).exists():
+    if found is None and not is_run(Path(directory)):
         raise RunError(f"{directory} holds no run to resume; leave out --resume to start one")
     return found
 
@@ -62,13 +66,13 @@ def train(
 
     Raises:
         RunError: The directory holds another run, or nothing to resume.
-        BuildError: A component refuses its surroundings.
+        BuildError: A component refuses its surroundings, or the weights to start from do not fit.
         NonFiniteError: The guard stopped the run.
         RunInterruptedError: SIGINT or SIGTERM did; it stands in a checkpoint.
         CheckpointError: A checkpoint could not be written; those before it are whole.
     """
     directory, seat = directory_of(experiment, out), seat or alone()
-    if seat.leads and not resume and (directory / RUN_PRESET).exists():
+    if seat.leads and not resume and is_run(directory):
         raise RunError(f"{directory} holds a run already; continue it with --resume or choose another --out")
     run = assemble(experiment, seat)
     observers = {name: built(f"observers.{name}", config.build) for name, config in experiment.observers.items()}
@@ -81,11 +85,12 @@ def train(
     if run.parallel.layout.pipeline_ranks > 1:
         refuse_unfit(run)
     if found is None:
+        start = _started(session)
         session.begin()
         if seat.leads:
             directory.mkdir(parents=True, exist_ok=True)
             write_whole(directory / RUN_PRESET, to_yaml(experiment))
-        session.note("about", session.about() | {"plugins": used_files(experiment)})
+        session.note("about", session.about() | {"plugins": used_files(experiment), "start": start})
         session.note("origins", {path: str(origin) for path, origin in origins.items()})
     view = session.view()
     session.hooks.tangram_run_started(run=view)
@@ -103,6 +108,19 @@ def train(
     return outcome
 
 
+def _started(session: Session) -> dict[str, object] | None:
+    """Give the model the weights that it is to start from, if any; return what they are."""
+    named = session.run.experiment.train.init_from
+    if named is None:
+        return None
+    start = start_from(session.run, session.agreed(lambda: source(Path(named).expanduser())))
+    if session.leads:
+        for names, what in ((start.drawn, "not there: it begins with drawn weights"), (start.left, "left behind")):
+            for name in names:
+                warnings.warn(f"{start.checkpoint}: objectives.{name} is {what}", stacklevel=2)
+    return asdict(start)
+
+
 def load_run(path: str | Path, *, averaged: bool = False, plugins: Sequence[str | Path] = ()) -> Trainer:
     """Return the trainer of a run as its newest checkpoint left it.
 
@@ -117,7 +135,7 @@ def load_run(path: str | Path, *, averaged: bool = False, plugins: Sequence[str 
         CheckpointError: No checkpoint is whole.
     """
     directory = Path(path)
-    if not (directory / RUN_PRESET).exists():
+    if not is_run(directory):
         raise RunError(f"{directory} is no run directory: it has no {RUN_PRESET}")
     experiment = load_preset(directory / RUN_PRESET, plugins=plugins)
     tell_changes(directory, experiment)

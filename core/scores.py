@@ -12,8 +12,8 @@ from attrs import asdict, frozen
 from tangram.core.files import write_whole
 
 FOLDER = "evaluations"
-NEEDLE = "needle"
-"""What the grid of hidden facts is called; no task can be."""
+NEEDLE, POSITIONS = "needle", "positions"
+"""What the grid of hidden facts and the losses by position are called; no task can be."""
 
 
 @frozen
@@ -77,6 +77,27 @@ class NeedleGrid:
     scores: tuple[tuple[float, ...], ...]
 
 
+@frozen
+class PositionLosses:
+    """How well a run predicts held-out text, by position in the sequence.
+
+    Attributes:
+        weights: Which weights: the last, or the averaged.
+        step: Steps of which they are.
+        trained: Tokens of the sequences that the run was trained on.
+        stops: Where each range of positions ends; it begins where the one before ends.
+        targets: Targets in each range.
+        losses: Mean loss in each range, nats per token.
+    """
+
+    weights: str
+    step: int
+    trained: int
+    stops: tuple[int, ...]
+    targets: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
 _T = TypeVar("_T")
 
 
@@ -96,7 +117,12 @@ def write_grid(directory: Path, grid: NeedleGrid) -> Path:
     return _write(file_of(directory, NEEDLE, grid.weights), grid)
 
 
-def _write(path: Path, what: TaskScore | NeedleGrid) -> Path:
+def write_positions(directory: Path, found: PositionLosses) -> Path:
+    """Write losses by position in place of earlier ones; return their file."""
+    return _write(file_of(directory, POSITIONS, found.weights), found)
+
+
+def _write(path: Path, what: TaskScore | NeedleGrid | PositionLosses) -> Path:
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(asdict(what), indent=1) + "\n")
     return path
@@ -104,23 +130,32 @@ def _write(path: Path, what: TaskScore | NeedleGrid) -> Path:
 
 def read_scores(directory: Path, gaps: list[str]) -> tuple[TaskScore, ...]:
     """Return the scores of a run's tasks, by name; of a file that is damaged a word in `gaps`."""
-    return _read([path for path in _files(directory) if not _is_grid(path)], TaskScore, gaps)
+    return _read([path for path in _files(directory) if _kind(path) not in (NEEDLE, POSITIONS)], TaskScore, gaps)
 
 
 def read_grids(directory: Path, gaps: list[str]) -> tuple[NeedleGrid, ...]:
     """Return a run's grids; of a file that is damaged a word in `gaps`."""
-    grids = _read([path for path in _files(directory) if _is_grid(path)], NeedleGrid, gaps)
+    grids = _read([path for path in _files(directory) if _kind(path) == NEEDLE], NeedleGrid, gaps)
     if not all(map(_is_whole, grids)):
         gaps.append(f"{FOLDER}: a grid of hidden facts is not whole; evaluate again")
     return tuple(filter(_is_whole, grids))
+
+
+def read_positions(directory: Path, gaps: list[str]) -> tuple[PositionLosses, ...]:
+    """Return a run's losses by position; of a file that is damaged a word in `gaps`."""
+    found = _read([path for path in _files(directory) if _kind(path) == POSITIONS], PositionLosses, gaps)
+    whole = tuple(each for each in found if 0 < len(each.stops) == len(each.targets) == len(each.losses))
+    if len(whole) < len(found):
+        gaps.append(f"{FOLDER}: losses by position are not whole; evaluate again")
+    return whole
 
 
 def _files(directory: Path) -> list[Path]:
     return sorted(path for path in (directory / FOLDER).glob("*.json") if not path.name.startswith("."))
 
 
-def _is_grid(path: Path) -> bool:
-    return path.name.partition(".")[0] == NEEDLE
+def _kind(path: Path) -> str:
+    return path.name.partition(".")[0]
 
 
 def _is_whole(grid: NeedleGrid) -> bool:

@@ -25,6 +25,7 @@ from tangram.core.process import peak_rss, versions
 from tangram.core.records import EvalReport, Progress, StepReport, Verdict
 from tangram.core.saver import Saver, Saving
 from tangram.core.step import Trainer, train_step
+from tangram.core.tokenizer_files import tokenizer_digest
 
 _T = TypeVar("_T")
 
@@ -136,7 +137,9 @@ class Session:
         """Remember what the run starts with, wherever it is held."""
         parallel, model = self.run.parallel, self.run.model
         here = [(layer, bias.tolist()) for layer, bias in model.biases().items()]
-        self.liveness.begin(model.experts, dict(parallel.groups.gather(here, range(parallel.layout.ranks))))
+        trained = self.run.experiment.train.init_from is not None
+        biases = dict(parallel.groups.gather(here, range(parallel.layout.ranks)))
+        self.liveness.begin(model.experts, biases, trained=trained)
 
     def view(self) -> RunView:
         """Return what observers see of the run as it stands."""
@@ -161,6 +164,8 @@ class Session:
         if run.guard.rolls_back:
             self.save(view)
         while run.progress.tokens < train.tokens:
+            if train.init_from and train.evaluate_every and not run.progress.step:  # what it starts from
+                self._evaluate(view, train.evaluate_sequences)
             began = time.perf_counter()
             data_ranks = run.parallel.layout.data_ranks
             run.progress = past_skipped(run.experiment, run.progress, data_ranks)
@@ -346,6 +351,7 @@ class Session:
             "seconds": self.seconds,
             "experiment": digest_anywhere(run.experiment),
             "data": run.data.fingerprint,
+            "tokenizer": tokenizer_digest(run.data.tokenizer),
             "liveness": asdict(self.liveness),
             "versions": versions(),
         }

@@ -1,6 +1,7 @@
-"""The files of a tokenizer as other tools read them: tokenizer.json, tokenizer_config.json, a chat template."""
+"""The files of a tokenizer as other tools read them, and what tells two tokenizers apart."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ _CHAT = (
     "{% if add_generation_prompt %}{{ '<ASSISTANT>' }}{% endif %}"
 ).replace("<USER>", _USER).replace("<ASSISTANT>", _ASSISTANT)  # fmt: skip
 """A conversation as DeepSeek-V3 has it: no line breaks, and the end of a text after every answer."""
+
+
+def tokenizer_digest(tokenizer: Tokenizer | None) -> str | None:
+    """Return what tells two tokenizers apart; None of tokens that stand for no text."""
+    return None if tokenizer is None else sha256(tokenizer.to_json().encode()).hexdigest()
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:

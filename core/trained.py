@@ -18,7 +18,7 @@ from tangram.core.model import Model, build_model
 from tangram.core.parts import Parts
 from tangram.core.presets import load_preset
 from tangram.core.process import own_device
-from tangram.core.provenance import RUN_PRESET
+from tangram.core.provenance import RUN_PRESET, is_run
 from tangram.core.run import load_run
 from tangram.core.session import RunError
 from tangram.core.speculation import drafter_of
@@ -51,7 +51,7 @@ def as_run(path: Path, plugins: Sequence[Path]) -> Iterator[Path]:
     Raises:
         RunError: The folder cannot be read.
     """
-    if not (path / "config.json").is_file() or (path / RUN_PRESET).exists():
+    if not (path / "config.json").is_file() or is_run(path):
         yield path
         return
     with TemporaryDirectory(prefix="tangram-") as made:
@@ -110,7 +110,7 @@ def load_model(run: Path, plugins: Sequence[Path], *, averaged: bool = False) ->
 
 
 def _found(run: Path, plugins: Sequence[Path]) -> tuple[Experiment, Path]:
-    if not (run / RUN_PRESET).exists():
+    if not is_run(run):
         raise RunError(f"{run} is no run directory: it has no {RUN_PRESET}")
     experiment = load_preset(run / RUN_PRESET, plugins=plugins)
     found = checkpoint.newest(run / "checkpoints")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tangram.core.reports import number
 from tangram.core.sampling import Sampling
-from tangram.core.scores import NEEDLE, Metric, TaskScore
+from tangram.core.scores import NEEDLE, POSITIONS, Metric, TaskScore
 from tangram.plugins.evaluation.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def load(tasks: Sequence[str]) -> Loaded:
             found.append(_load(manager, task, task, Path()))
     names = [name for loaded in found for name in (*loaded["tasks"], *loaded["groups"])]
     for name in names:
-        if names.count(name) > 1 or name == NEEDLE:
+        if names.count(name) > 1 or name in (NEEDLE, POSITIONS):
             raise TaskError(f"the name {name} is taken: give each task another")
     whole = {part: {k: v for loaded in found for k, v in loaded[part].items()} for part in found[0]}
     for name, task in whole["tasks"].items():

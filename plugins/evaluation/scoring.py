@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 import torch
+from attrs import evolve
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,7 +14,7 @@ from tangram.core.continuation import Request, continue_all
 from tangram.core.contracts import Tokenizer
 from tangram.core.decoding import Decoder
 from tangram.core.model import Model
-from tangram.core.records import Batch, Carry, Progress, one_document
+from tangram.core.records import IGNORE, Batch, Carry, Progress, one_document
 from tangram.core.sampling import Sampling
 
 _LOGITS_AT_ONCE = 512
@@ -120,7 +121,7 @@ class Scorer:
     @torch.inference_mode()
     def _judged(self, windows: Sequence[Window]) -> list[Scored]:
         read = pad_sequence([torch.tensor(window.tokens[:-1]) for window in windows], batch_first=True)
-        hidden = self._trunk(read.to(self._device))
+        hidden = self._trunk(self._documents(read.to(self._device)))
         # What is padded stands behind, where nothing that counts sees it.
         picked = torch.cat(
             [hidden[row, window.first - 1 : len(window.tokens) - 1] for row, window in enumerate(windows)]
@@ -138,10 +139,23 @@ class Scorer:
         logits = shared.head(shared.norm(hidden[None]))[0]  # [M, V]
         return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1), logits.argmax(-1) == wanted
 
-    def _trunk(self, tokens: Tensor) -> Tensor:
-        """Return the residual stream [B, S, D] of tokens [B, S], each row one document."""
+    @torch.inference_mode()
+    def nats(self, batch: Batch) -> Tensor:
+        """Return the loss of each target of a batch in nats, on the CPU [B, S]; zero where there is none."""
+        assert batch.targets is not None
+        wanted = batch.targets.flatten()
+        hidden = self._trunk(evolve(batch, targets=None).to(self._device)).flatten(0, 1)
+        parts = zip(hidden.split(_LOGITS_AT_ONCE), wanted.clamp(min=0).split(_LOGITS_AT_ONCE), strict=True)
+        logprobs = torch.cat([self._against(part, asked.to(self._device))[0].cpu() for part, asked in parts])
+        return -logprobs.where(wanted != IGNORE, 0.0).view_as(batch.targets)
+
+    def _documents(self, tokens: Tensor) -> Batch:
+        """Return a batch of tokens [B, S] to read, each row one document."""
         positions = torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)
-        batch = Batch(tokens, None, positions, one_document(tokens), 0, len(tokens))
+        return Batch(tokens, None, positions, one_document(tokens), 0, len(tokens))
+
+    def _trunk(self, batch: Batch) -> Tensor:
+        """Return the residual stream [B, S, D] of a batch."""
         carry: Carry = self._model(batch, Progress())
         assert carry.trunk is not None
         return carry.trunk

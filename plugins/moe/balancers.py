@@ -35,6 +35,7 @@ class AuxFree(Balancer):
     def __init__(self, config: AuxFreeConfig, n_experts: int) -> None:
         super().__init__()
         self.speed = config.speed
+        self.adaptive = config.speed != Curve.constant(0.0)  # else the biases stay as they were learned
         self.register_buffer("biases", torch.empty(n_experts, dtype=torch.float32))
         self.reset_parameters()
 

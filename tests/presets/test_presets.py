@@ -1,17 +1,22 @@
 """The shipped presets against the papers: what they cost, and every curve at the points that the papers name."""
 
+import math
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from tangram.core.assembly import rehearse
-from tangram.core.context import BuildError
+from tangram.core.context import BuildError, Context
 from tangram.core.curve import Curve
 from tangram.core.measure import Parameters, measure
 from tangram.core.plugins import Plugins
-from tangram.core.presets import available, dump, load_preset
+from tangram.core.presets import available, difference, dump, load_preset
 from tangram.core.records import Progress
+from tangram.kernels import frequencies
+from tangram.plugins.attention.mla import MLA, MLAConfig
 from tangram.testing import check_preset
 
 SHIPPED = sorted(available(Plugins.discover()))
@@ -27,6 +32,8 @@ def shape(dim: int, n_moe: int, expert: int, dense: int) -> int:
 
 PARAMETERS = {
     "deepseek-v3": 671_026_419_200,
+    "deepseek-v3-32k": 671_026_419_200,
+    "deepseek-v3-128k": 671_026_419_200,
     "deepseek-v2-lite": 15_706_484_224,
     "aux-free-1b": shape(1024, 9, 512, 2736),
     "aux-free-3b": shape(1280, 11, 856, 3416),
@@ -37,6 +44,7 @@ PARAMETERS = {
     + 13 * 256,
     "v3-tiny-fp8": 19_517_984,
     "v3-tiny-parallel": 19_517_984,
+    "v3-tiny-4k": 19_517_984,
     "gqa-baseline": 2 * 4096 * 256 + 13 * 256 + 6 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 640),
 }
 
@@ -122,6 +130,51 @@ def test_every_curve_of_deepseek_v3_is_the_papers(path: str, step: int, tokens: 
 def test_the_last_batch_of_deepseek_v3_is_63_million_tokens() -> None:
     train = load_preset("deepseek-v3").train
     assert train.batch_sequences(Progress(step=LATE, tokens=T)) * train.sequence_length == 62_914_560
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "sequences"), [("deepseek-v3-32k", 32_768, 1920), ("deepseek-v3-128k", 131_072, 480)]
+)
+def test_a_long_context_stage_takes_the_papers_steps(name: str, positions: int, sequences: int) -> None:
+    """Section 4.3: 1,000 steps on as many tokens as pre-training ended with, at its last learning rate."""
+    experiment = load_preset(name)
+    train = experiment.train
+    assert (train.sequence_length, train.batch_sequences) == (positions, Curve.constant(sequences))
+    assert positions * sequences == 62_914_560
+    assert rehearse(experiment).steps == 1000
+    end = Progress(step=LATE, tokens=14_800 * 10**9 - 1)
+    for path in ("train.lr", SPEED, MTP, "objectives.sequence_balance.weight"):
+        assert curve_of(name, path) == Curve.constant(curve_of("deepseek-v3", path)(end)), path
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3-32k", "deepseek-v3-128k"])
+def test_yarn_stretches_deepseek_v3_as_its_release_does(name: str) -> None:
+    """The rotations and the softmax scale of the released configuration, computed by hand."""
+    layers = load_preset(name).model.layers()
+    assert all(layer.attention == layers[0].attention for layer in layers)
+    attention = layers[0].attention
+    assert isinstance(attention, MLAConfig)
+    with torch.device("meta"):
+        built = attention.build(Context(dim=7168))
+    assert isinstance(built, MLA)
+    assert built.scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-12)
+    slowed = frequencies(64, 10_000.0, built.yarn) / frequencies(64, 10_000.0)
+    assert slowed[:11].tolist() == [1.0] * 11  # those that turn more than 32 times in 4,096 positions
+    assert slowed[23:].tolist() == pytest.approx([1 / 40] * 9, rel=1e-6)
+    assert slowed[16].item() == pytest.approx(1 - 6 / 13 * (1 - 1 / 40), rel=1e-6)
+
+
+def test_only_the_context_and_how_it_is_trained_changes_from_stage_to_stage() -> None:
+    stages = [load_preset(name) for name in ("deepseek-v3", "deepseek-v3-32k", "deepseek-v3-128k")]
+    block = "model.block.attention.yarn"
+    groups = [f"model.blocks.{i}.attention.yarn" for i in (0, 1)]
+    speeds = [f"{at}.feedforward.balancer.speed" for at in ("model.block", "model.blocks.1")]
+    changed = [set(difference(a, b)) for a, b in pairwise(stages)]
+    for path in changed[0]:
+        assert path.startswith(("train.", "parallel.", "name", MTP, block, *groups, *speeds)), path
+    for path in changed[1]:
+        assert path.startswith(("train.", "parallel.", "name")), path
+    assert [stage.train.init_from for stage in stages] == [None, "runs/deepseek-v3", "runs/deepseek-v3-32k"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`tangram evaluate` with tasks and needles. What needs lm-evaluation-harness, the extra `eval`, runs where it is."""
+"""`tangram evaluate` with tasks, needles and positions. What needs lm-evaluation-harness runs where it is."""
 
 import json
 import shutil
@@ -80,13 +80,35 @@ def test_a_context_without_room_for_a_fact_is_refused(here: Path, capsys: pytest
     assert not (here / "evaluations").exists()
 
 
+def test_losses_by_position_are_told_kept_and_drawn(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = command(capsys, here, "--positions", 150, "--json")
+    assert code == 0, err
+    assert f"longer than the {LENGTH} tokens that the run was trained on" in err
+    told = json.loads(out)["positions"]
+    assert told["stops"] == [64, 128, 150]
+    assert json.loads((here / "evaluations/positions.json").read_text()) == told
+    code, out, _ = command(capsys, here, "--positions", LENGTH, "--ema")
+    assert code == 0
+    assert f"0 to {LENGTH - 1}" in out
+    text = page(read_run(here))
+    assert "Loss by position, last weights" in text
+    assert "Loss by position, averaged weights" in text
+
+
+def test_sequences_that_cannot_be_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for length in (1, 0, -5):
+        assert refused(capsys, here, "--positions", length) == "--positions is the length of a sequence: at least 2"
+    assert "less than one sequence of 1000000 + 1" in refused(capsys, here, "--positions", 1_000_000)
+    assert not (here / "evaluations").exists()
+
+
 def test_what_is_not_there_is_refused_in_one_line(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert refused(capsys, here, "--tasks", "none.yaml") == "there is no task file none.yaml"
     assert refused(capsys, here, "--tasks", tmp_path / "none") == f"there is no task file {tmp_path / 'none'}"
     train(tiny("train.tokens=48"), tmp_path / "numbers")
-    assert "no text: tasks and needles need a tokenizer" in refused(capsys, tmp_path / "numbers", "--needle")
+    assert "no text: this needs a tokenizer" in refused(capsys, tmp_path / "numbers", "--needle")
     assert "is no run directory" in refused(capsys, tmp_path, "--needle")
     monkeypatch.setattr(harness, "find_spec", lambda _: None)
     assert "pip install 'tangram-lm[eval]'" in refused(capsys, here, "--tasks", TASKS)
