@@ -714,6 +714,19 @@ class DataConfig(Protocol):
         ...
 
 
+@runtime_checkable
+class TokenizerReader(Protocol):
+    """A data config that reads its tokenizer from the file that a run keeps: who generates needs no text."""
+
+    def read_tokenizer(self, path: "Path", vocab_size: int) -> Tokenizer:
+        """Return the tokenizer whose `to_json` was written to `path`.
+
+        Raises:
+            ValueError: It cannot be read, or has more tokens than the model has rows.
+        """
+        ...
+
+
 class ObserverConfig(Protocol):
     """Fills the slot `observer`, a map."""
 

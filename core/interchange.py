@@ -27,7 +27,7 @@ from tangram.core.records import Progress
 from tangram.core.tensor_file import Spec, TensorWriter
 from tangram.core.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from tangram.core.tokenizer_files import FILE as TOKENIZER
-from tangram.core.tokenizer_files import token_ids, tokenizer_digest, write_json, write_tokenizer
+from tangram.core.tokenizer_files import token_ids, tokenizer_digest, tokenizer_of, write_json, write_tokenizer
 from tangram.core.weight_folder import INDEX, InterchangeError, WeightFolder, batches, read_json
 from tangram.kernels import quantize_blocks
 
@@ -118,7 +118,7 @@ def export(
         FormatError: The format cannot say this model.
         CheckpointError: No checkpoint is whole.
         FullDiskError: The folder could not be written.
-        BuildError: The data, which has the tokenizer, cannot be built.
+        BuildError: The tokenizer cannot be read, or is another one.
     """
     if not is_run(run):
         raise InterchangeError(f"{run} is no run directory: it has no {RUN_PRESET}")
@@ -128,7 +128,7 @@ def export(
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
         raise InterchangeError(f"{run} has no checkpoint yet")
-    tokenizer = built("data", experiment.data.build, experiment.train, experiment.model.vocab_size).tokenizer
+    tokenizer = tokenizer_of(run, experiment, found.path)
     with _filling(folder), PartsReader(found.path, "model") as source:
         wanted = pieces(shape)
         _check_source(source, wanted)

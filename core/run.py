@@ -23,6 +23,7 @@ from tangram.core.saver import Saver
 from tangram.core.session import Outcome, RunError, Session
 from tangram.core.start import source, start_from
 from tangram.core.step import Trainer
+from tangram.core.tokenizer_files import FILE as TOKENIZER
 
 
 def directory_of(experiment: Experiment, out: str | Path | None) -> Path:
@@ -89,7 +90,9 @@ def train(
         session.begin()
         if seat.leads:
             directory.mkdir(parents=True, exist_ok=True)
-            write_whole(directory / RUN_PRESET, to_yaml(experiment))
+            if run.data.tokenizer is not None:
+                write_whole(directory / TOKENIZER, run.data.tokenizer.to_json())
+            write_whole(directory / RUN_PRESET, to_yaml(experiment))  # last: now it is a run
         session.note("about", session.about() | {"plugins": used_files(experiment), "start": start})
         session.note("origins", {path: str(origin) for path, origin in origins.items()})
     view = session.view()

@@ -5,7 +5,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tangram.core.contracts import Tokenizer
+from tangram.core import checkpoint
+from tangram.core.context import BuildError, built
+from tangram.core.contracts import Tokenizer, TokenizerReader
+from tangram.core.experiment import Experiment
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -28,6 +31,29 @@ _CHAT = (
 def tokenizer_digest(tokenizer: Tokenizer | None) -> str | None:
     """Return what tells two tokenizers apart; None of tokens that stand for no text."""
     return None if tokenizer is None else sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+def tokenizer_of(run: Path, experiment: Experiment, folder: Path) -> Tokenizer | None:
+    """Return the tokenizer that a run was trained with: the one it keeps, or else that of its text.
+
+    Args:
+        run: The run directory.
+        experiment: Its experiment.
+        folder: One of its checkpoints.
+
+    Raises:
+        BuildError: It cannot be read, or the text is not there, or it is another one.
+    """
+    kept, data, rows = run / FILE, experiment.data, experiment.model.vocab_size
+    if kept.is_file() and isinstance(data, TokenizerReader):
+        tokenizer: Tokenizer | None = built("data", data.read_tokenizer, kept, rows)
+    else:
+        tokenizer, kept = built("data", data.build, experiment.train, rows).tokenizer, run
+    digest = tokenizer_digest(tokenizer)
+    if checkpoint.read_state(folder).get("tokenizer", digest) != digest:
+        message = f"{kept}: not the tokenizer that the run was trained with, so its tokens mean other text"
+        raise BuildError("data", message)
+    return tokenizer
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:

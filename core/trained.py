@@ -9,7 +9,6 @@ from attrs import frozen
 
 from tangram.core import checkpoint
 from tangram.core.chat import Chat, chat_of
-from tangram.core.context import built
 from tangram.core.contracts import Tokenizer
 from tangram.core.deepseek_format import FormatError
 from tangram.core.experiment import Experiment
@@ -22,6 +21,7 @@ from tangram.core.provenance import RUN_PRESET, is_run
 from tangram.core.run import load_run
 from tangram.core.session import RunError
 from tangram.core.speculation import drafter_of
+from tangram.core.tokenizer_files import tokenizer_of
 from tangram.core.weight_folder import InterchangeError
 
 
@@ -68,11 +68,12 @@ def load_offer(run: Path, plugins: Sequence[Path], *, speculate: bool) -> Offer:
 
     Raises:
         RunError: There is no run, no checkpoint, no tokenizer, or nothing to draft with.
+        BuildError: Its tokenizer cannot be read, or is another one.
         CheckpointError: No checkpoint is whole.
         ForeignCodeError: The run needs plugin files that are not in `plugins`.
     """
-    experiment, _ = _found(run, plugins)
-    tokenizer = built("data", experiment.data.build, experiment.train, experiment.model.vocab_size).tokenizer
+    experiment, folder = _found(run, plugins)
+    tokenizer = tokenizer_of(run, experiment, folder)
     if tokenizer is None:
         raise RunError(f"{run} was trained on tokens that stand for no text; serve a run that has a tokenizer")
     if speculate:

@@ -12,7 +12,7 @@ from attrs.validators import ge, in_, min_len, optional
 from tangram.core.experiment import TrainConfig
 from tangram.core.registry import component
 from tangram.plugins.data import corpus
-from tangram.plugins.data.bpe import Cache, encoded, read_tokenizer, trained
+from tangram.plugins.data.bpe import ByteLevelBPE, Cache, encoded, read_tokenizer, trained
 from tangram.plugins.data.corpus import DataError
 from tangram.plugins.data.shards import Folder, Shards
 from tangram.plugins.data.stream import Stream
@@ -78,6 +78,14 @@ class TextConfig:
             held_out=Shards([encoded(held_out, tokenizer, cache)]),
         )
         return Stream(ids, train, isolate=self.isolate)
+
+    def read_tokenizer(self, path: Path, vocab_size: int) -> ByteLevelBPE:
+        """Read the tokenizer that a run keeps.
+
+        Raises:
+            DataError: It cannot be read, or is unfit.
+        """
+        return read_tokenizer(path, vocab_size)
 
     def _documents(self) -> tuple[str, list[str]]:
         """Return a name for the source of the corpus, and its documents."""

@@ -10,6 +10,7 @@ from tangram.core.curve import Curve
 from tangram.core.experiment import TrainConfig
 from tangram.core.registry import component
 from tangram.plugins.data import shards
+from tangram.plugins.data.bpe import ByteLevelBPE, read_tokenizer
 from tangram.plugins.data.corpus import DataError
 from tangram.plugins.data.stream import Stream
 from tangram.plugins.data.text import TextConfig
@@ -53,3 +54,11 @@ class TokensConfig:
                 f"set model.vocab_size to {made}"
             )
         return Stream(corpus, train, isolate=self.isolate)
+
+    def read_tokenizer(self, path: Path, vocab_size: int) -> ByteLevelBPE:
+        """Read the tokenizer that a run keeps.
+
+        Raises:
+            DataError: It cannot be read, or is unfit.
+        """
+        return read_tokenizer(path, vocab_size)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -9,11 +11,11 @@ from attrs import evolve
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tangram.core.contracts import Data
+from tangram.core.contracts import Data, TokenizerReader
 from tangram.core.curve import Curve
 from tangram.core.experiment import TrainConfig
 from tangram.core.records import IGNORE, Batch, Progress
-from tangram.testing.laws import Contract, law
+from tangram.testing.laws import Contract, law, written
 from tangram.testing.mutants import data as mutants
 
 _SEEDS = st.integers(0, 3)
@@ -165,6 +167,22 @@ class DataContract(Contract):
             other = self.make(config, changed)
             if not _same(other.batch(_at(0), 5), data.batch(_at(0), 5)):
                 assert other.fingerprint != data.fingerprint, "other batches have the same fingerprint"
+
+    @law(text=st.text(max_size=30), kills=[mutants.describes_a_tokenizer_without_merges])
+    def a_run_keeps_its_tokenizer_in_a_file(self, config: Any, text: str) -> None:
+        """A config that reads tokenizers reads the one that its data describes, and it gives the same ids."""
+        tokenizer, reader = self.make(config).tokenizer, written(config)
+        if tokenizer is None or not isinstance(reader, TokenizerReader):
+            return
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "tokenizer.json")
+            path.write_text(tokenizer.to_json(), encoding="utf-8")
+            again = reader.read_tokenizer(path, self.vocab_size)
+        assert again.to_json() == tokenizer.to_json(), "the one that is read describes itself otherwise"
+        ends = [(one.bos, one.eos) for one in (tokenizer, again)]
+        assert ends[0] == ends[1], f"the ids of the ends of a text are {ends[1]}, not {ends[0]}"
+        for some in (text, tokenizer.decode(range(self.vocab_size))):
+            assert again.encode(some) == tokenizer.encode(some), f"{some!r} has other ids"
 
 
 def _at(sequences: int) -> Progress:

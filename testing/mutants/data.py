@@ -1,5 +1,6 @@
 """Data with one known fault each."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,3 +137,20 @@ def has_a_fingerprint_for_each(data: Any) -> Any:
     """Two of the same have two fingerprints, so that no run can be resumed."""
     data.fingerprint = f"{data.fingerprint}-{id(data)}-{torch.seed()}"
     return data
+
+
+def describes_a_tokenizer_without_merges(data: Any) -> Any:
+    """What a run keeps of its tokenizer spells every text in single bytes."""
+    if data.tokenizer is not None:
+        data.tokenizer = _WithoutMerges(data.tokenizer)
+    return data
+
+
+class _WithoutMerges:
+    def __init__(self, real: Any) -> None:
+        self._real, self.bos, self.eos, self.encode, self.decode = real, real.bos, real.eos, real.encode, real.decode
+
+    def to_json(self) -> str:
+        description = json.loads(self._real.to_json())
+        description["model"]["merges"] = []
+        return json.dumps(description)

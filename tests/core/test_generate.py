@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from served import alone, offer, run
+from tiny import on_text
 
 from tangram.core.cli import main
 from tangram.core.continuation import Request
 from tangram.core.interchange import export
+from tangram.core.run import train
 from tangram.core.sampling import Sampling
 
 Shell = Callable[..., tuple[int, str, str]]
@@ -46,6 +48,33 @@ def test_a_text_is_shown_with_its_continuation(shell: Shell) -> None:
 def test_a_text_comes_from_standard_input(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("3: ends"))
     assert shell("generate", str(run()), "--tokens", "5")[1] == f"3: ends{expected('3: ends', 5)}\n"
+
+
+def test_a_run_has_its_tokenizer_with_it(shell: Shell, tmp_path: Path) -> None:
+    """Without the text that it was trained on it goes on as before; another tokenizer or text is refused."""
+    text, made = tmp_path / "text", tmp_path / "run"
+    text.mkdir()
+    for number in range(20):
+        (text / f"{number}.txt").write_text(f"{number}: naïve café 世界 🙂 ends {number}.\n")
+    data = f"data={{use: text, corpus: files, files: ['{text}/*.txt'], held_out_every: 5}}"
+    train(on_text(data, "train.tokens=48", "train.sequence_length=12"), made)
+    asked = ("generate", str(made), "naïve", "--tokens", "8")
+    code, before, err = shell(*asked)
+    assert code == 0, err
+    (text / "3.txt").unlink()
+    assert shell(*asked)[:2] == (0, before)
+    kept = made / "tokenizer.json"
+    description = json.loads(kept.read_text(encoding="utf-8"))
+    description["model"]["merges"].pop()
+    kept.write_text(json.dumps(description))
+    code, out, err = shell(*asked)
+    assert (code, out) == (2, "")
+    assert f"{kept}: not the tokenizer that the run was trained with" in err
+    kept.unlink()  # then it is that of the text, which is another one by now
+    (text / "4.txt").write_text("ends ends ends, and nothing but ends\n" * 9)
+    code, out, err = shell(*asked)
+    assert (code, out) == (2, "")
+    assert f"{made}: not the tokenizer that the run was trained with" in err
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
