@@ -14,10 +14,11 @@ from tangram.plugins.objectives.balance import SequenceBalance
 from tangram.plugins.objectives.mtp import MTP
 
 
-def _verdicts(*overrides: str, steps: int = MIN_STEPS) -> dict[str, Piece]:
+def _verdicts(*overrides: str, steps: int = MIN_STEPS, trained: bool = False) -> dict[str, Piece]:
     run = assemble(tiny("model.blocks.1.repeat=1", "train.batch_sequences=2", "train.micro_sequences=2", *overrides))
     liveness = Liveness()
-    liveness.begin(run.model.experts, {layer: bias.tolist() for layer, bias in run.model.biases().items()})
+    biases = {layer: bias.tolist() for layer, bias in run.model.biases().items()}
+    liveness.begin(run.model.experts, biases, trained=trained)
     for _ in range(steps):
         weights = run.model.weights(run.progress)
         liveness.observe(train_step(run, _batch(run)), weights)
@@ -54,6 +55,17 @@ def test_mutant_biases_that_are_never_updated(monkeypatch: pytest.MonkeyPatch) -
     verdicts = _verdicts()
     assert _dead(verdicts) == {f"balancer of layer {layer}" for layer in (1, 2)}
     assert "the biases never moved under a load violation" in verdicts["balancer of layer 1"].why
+
+
+def test_losses_fall_only_where_weights_were_not_trained_before() -> None:
+    still = ("train.lr=0.0",)
+    assert _dead(_verdicts(*still)) == {"objectives.next_token", "objectives.mtp"}
+    verdicts = _verdicts(*still, trained=True)
+    assert not _dead(verdicts), verdicts
+
+
+def test_a_balancer_whose_biases_are_to_stay_is_not_judged() -> None:
+    assert not any("balancer" in name for name in _verdicts("model.block.feedforward.balancer.speed=0.0", steps=1))
 
 
 def test_a_balancer_that_is_meant_to_do_nothing_is_not_judged() -> None:

@@ -9,7 +9,7 @@ import start_at_work
 import torch
 from tiny import on_text, tiny
 
-from tangram.core import load_run
+from tangram.core import checkpoint, load_run
 from tangram.core.assembly import assemble
 from tangram.core.cli import main
 from tangram.core.context import BuildError
@@ -53,6 +53,13 @@ def test_it_has_their_values_and_begins_at_its_own_first_step(earlier: Path) -> 
     assert any(key.endswith("biases") and not torch.equal(held[key], drawn[key]) for key in expected)
     assert run.progress == Progress()
     assert not run.optimizer.state
+
+
+def test_its_losses_need_not_fall(earlier: Path, tmp_path: Path) -> None:
+    train(later(earlier, "train.tokens=48"), tmp_path / "run")
+    for run, trained in ((earlier, False), (tmp_path / "run", True)):
+        state = checkpoint.read_state(source(run).path)
+        assert state["liveness"]["trained"] is trained
 
 
 def test_before_its_first_step_it_is_worth_what_the_other_was_at_its_end(earlier: Path, tmp_path: Path) -> None:
