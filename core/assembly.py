@@ -126,14 +126,27 @@ def layout_of(experiment: Experiment, pipeline: Pipeline, sequences: int, rank: 
     """Return where a rank stands, by the plan for a step of so many sequences.
 
     Raises:
-        BuildError: The ranks do not make whole pipelines, the pipeline refuses the number of micro-batches, or there
-            are more stages than layers.
+        BuildError: The ranks do not make whole pipelines, the pipeline refuses the number of micro-batches, there are
+            too many of them, or there are more stages than layers.
     """
     data_ranks, asked = data_ranks_of(experiment, ranks), experiment.parallel
-    microbatches = sequences // (experiment.train.micro_sequences * data_ranks)
+    microbatches = _microbatches(experiment, sequences, data_ranks)
     plan = built("parallel.pipeline", pipeline.schedule, asked.pipeline_ranks, microbatches)
     built("parallel.pipeline_ranks", split, experiment.model.n_layers, plan.stages)
     return Layout(plan.place, data_ranks, asked.expert_ranks, rank)
+
+
+def _microbatches(experiment: Experiment, sequences: int, data_ranks: int) -> int:
+    """Return the micro-batches that a step of so many sequences is on each data rank.
+
+    Raises:
+        BuildError: They are too many.
+    """
+    count = sequences // (experiment.train.micro_sequences * data_ranks)
+    if count > MOST_MICROBATCHES:
+        message = f"makes a step of more than {MOST_MICROBATCHES:,} micro-batches: raise train.micro_sequences"
+        raise BuildError("train.batch_sequences", message)
+    return count
 
 
 @frozen
@@ -174,9 +187,7 @@ def rehearse(experiment: Experiment, ranks: int | None = None) -> Rehearsal:
         built(f"observers.{name}", observer.build)
     pipeline = built("parallel.pipeline", asked.pipeline.build)
     sizes = list(laid_out(experiment, data_ranks))
-    if max(sizes) // (train.micro_sequences * data_ranks) > MOST_MICROBATCHES:
-        message = f"makes a step of more than {MOST_MICROBATCHES:,} micro-batches: raise train.micro_sequences"
-        raise BuildError("train.batch_sequences", message)
+    _microbatches(experiment, max(sizes), data_ranks)
     layout = layout_of(experiment, pipeline, sizes[-1], 0, ranks)
     # One rank with all stages: what each pipeline rank holds is a part of it.
     everything = Parallel(layout=evolve(layout, place=dict.fromkeys(layout.place, 0)))

@@ -262,6 +262,8 @@ def train(
         building(resolved, lambda: data_ranks_of(experiment, nproc))
         if is_run(directory) and not resume:
             return refuse(f"{directory} holds a run already; continue it with --resume or choose another --out")
+        if resume:
+            resumable(directory)  # what is wrong with it is said once
         flags = ["--out", str(directory), *(["--resume"] if resume else [])]
         flags += [text for file in plugin for text in ("--plugin", str(file))]
         return launch(["train", preset, *overrides, *flags], nproc)
@@ -353,18 +355,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = _exit_code(error)
         if known is None:
             raise
-        print(error, file=sys.stderr)
-        sys.exit(_parted(known))
+        sys.exit(_parted(known, str(error)))
     sys.exit(code if isinstance(code, int) else OK)
 
 
-def _parted(code: int) -> int:
-    """Return the code; a rank that alone fails does not leave the others waiting."""
+def _parted(code: int, why: str) -> int:
+    """Say why, and return the code; of several ranks one speaks, and one that alone fails lets no other wait."""
     if "WORLD_SIZE" not in os.environ:
+        print(why, file=sys.stderr)
         return code
     from tangram.core.launch import leave
 
-    return leave(code)
+    return leave(code, why)
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -28,6 +28,10 @@ class BuildError(Exception):
         super().__init__(f"{path}: {message}")
         self.path, self.message = path, message
 
+    def __reduce__(self) -> tuple[type["BuildError"], tuple[str, str]]:
+        """Let another rank have it."""
+        return BuildError, (self.path, self.message)
+
 
 @frozen(eq=False)
 class Parallel:

@@ -89,17 +89,29 @@ def meet(store: Store, rank: int, ranks: int) -> int:
     return number - 1
 
 
-def leave(code: int) -> int:
-    """Part from the other ranks, and return the code.
+def leave(code: int, why: str = "") -> int:
+    """Part from the other ranks, having said why, and return the code.
 
-    A rank that alone has something to tell ends its process, so that the others do not wait for it.
+    The first rank speaks at once, and another one only if it says something else. A rank that alone has something to
+    tell ends its process, so that the others do not wait for it.
     """
-    if code != OK and distributed.is_initialized():
+    joined = distributed.is_initialized()
+    rank, told = distributed.get_rank() if joined else 0, [""]
+    if rank == 0 and why:
+        print(why, file=sys.stderr, flush=True)
+    others_go_on = False
+    if code != OK and joined:
+        told *= distributed.get_world_size()
         try:
             distributed.monitored_barrier(timeout=_PARTING)  # only gloo has one
+            distributed.all_gather_object(told, why)
         except RuntimeError:
-            sys.stderr.flush()
-            os._exit(code)
+            others_go_on = True
+    if rank > 0 and why and why not in told[:rank]:
+        print(why, file=sys.stderr, flush=True)
+    if others_go_on:
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import pluggy
 import torch
@@ -129,9 +129,18 @@ class Session:
         return self.run.parallel.layout.rank == 0
 
     def agreed(self, decide: Callable[[], _T]) -> _T:
-        """Return what the first rank decides."""
+        """Return what the first rank decides; if it cannot, its error is that of all ranks."""
         parallel = self.run.parallel
-        return parallel.groups.gather([decide()] if self.leads else [], range(parallel.layout.ranks))[0]
+        told: list[tuple[_T | None, Exception | None]] = []
+        if self.leads:
+            try:
+                told = [(decide(), None)]
+            except Exception as error:
+                told = [(None, error)]
+        decided, trouble = parallel.groups.gather(told, range(parallel.layout.ranks))[0]
+        if trouble is not None:
+            raise trouble
+        return cast(_T, decided)
 
     def begin(self) -> None:
         """Remember what the run starts with, wherever it is held."""

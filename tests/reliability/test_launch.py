@@ -54,3 +54,12 @@ def test_asked_to_stop_all_save_and_another_layout_goes_on(preset: Path, whole: 
 def losses(run: Path) -> list[float]:
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("fault", ["train.init_from=nowhere", "data={use: text, corpus: files, files: [none]}"])
+def test_what_the_first_rank_alone_or_each_finds_wrong_is_said_once(preset: Path, tmp_path: Path, fault: str) -> None:
+    """And no rank waits for another that has ended, or is started again to find the same."""
+    code, said = trained(preset, tmp_path / "run", *RANKS, fault)
+    assert code == 2, said
+    assert f"{fault.partition('=')[0]}: " in said
+    assert len(said.splitlines()) == 1, said
