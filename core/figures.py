@@ -98,11 +98,17 @@ def bits_per_byte(run: RunRecord) -> str | None:
     trace = run.evaluated("eval.bits_per_byte")
     if not trace.x:
         return None
+    last = run.evaluations[-1]
+    tokens, bits = number(last.get("tokens")), number(last.get("eval.bits_per_byte"))
     with drawing("bits") as (axes, drawn):
-        highest = max(*trace.y, *run.references.values(), 0)
+        highest = max(*trace.y, *run.references.values(), bits or 0)
         (line,) = axes.plot(trace.x, trace.y, color=COLOURS[0], marker="o", markersize=4)
         handles: list[Artist] = [line]
         names = ["this run"]
+        if tokens is not None and bits is not None and (tokens, bits) != (trace.x[-1], trace.y[-1]):
+            handles += axes.plot(tokens, bits, color=COLOURS[0], marker="*", markersize=9, linestyle="")
+            names[0] = "this run, on part of the text"
+            names.append(f"on all of it ({bits:.2f})")
         for (name, bits), colour, dash in zip(run.references.items(), cycle(COLOURS[1:]), cycle(DASHES[1:])):
             handles.append(axes.axhline(bits, color=colour, linestyle=dash))
             names.append(f"{name} ({bits:.2f})")

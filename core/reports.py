@@ -117,8 +117,12 @@ class RunRecord:
         return _trace(self.steps, over, name)
 
     def evaluated(self, name: str, over: str = "tokens") -> Trace:
-        """Return a quantity of the evaluations over another."""
-        return _trace(self.evaluations, over, name)
+        """Return a quantity of the evaluations over another: of those on part of the held-out text, if there are any.
+
+        Those that were made on the way saw the same part; one on all of it at the end is of another text.
+        """
+        part = [row for row in self.evaluations if not row.get("eval.complete")]
+        return _trace(part or self.evaluations, over, name)
 
     def by_layer(self, name: str, over: str = "tokens") -> dict[int, Trace]:
         """Return a quantity that steps (or evaluations: `eval.`) report layer by layer, such as `violation`."""

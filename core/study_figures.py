@@ -62,11 +62,11 @@ def _lines(record: StudyRecord, plan: VariantPlan, column: str, over: str) -> It
 
 
 def _places(run: RunRecord, over: str, flops_per_token: float) -> dict[int, float]:
-    """Return where on the axis each step ends."""
+    """Return where on the axis each step ends, and the run begins."""
     column = "seconds" if over == "seconds" else "tokens"
     scale = flops_per_token if over == "flops" else 1.0
     known = [(number(row.get("step")), number(row.get(column))) for row in run.steps]
-    return {round(step): scale * value for step, value in known if step is not None and value is not None}
+    return {0: 0.0} | {round(step): scale * value for step, value in known if step is not None and value is not None}
 
 
 def stretched(trace: Trace, limit: int = STRETCHES) -> Trace:

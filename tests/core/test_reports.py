@@ -16,6 +16,7 @@ from tangram.core.cli import main
 from tangram.core.figures import (
     COLUMNS,
     FIGURES,
+    bits_per_byte,
     flops_of,
     losses_over_tokens,
     parameters_of,
@@ -140,6 +141,20 @@ def test_losses_of_routing_have_an_axis_of_their_own_where_those_of_tokens_are_k
     known = evolve(record, evaluations=({"step": 1, "eval.loss.mtp": 1.0, "eval.loss.next_token": 1.0},))
     axes = [text.count('id="losses-tokens-axes_') for text in map(losses_over_tokens, (record, known)) if text]
     assert axes == [1, 2]
+
+
+def test_the_evaluation_on_all_text_is_no_point_of_the_curve_on_part_of_it(run: Path) -> None:
+    record = read_run(run)
+    part = tuple({"step": step, "tokens": 48 * step, "eval.bits_per_byte": 3.0} for step in (0, 1))
+    assert record.evaluated("eval.bits_per_byte").y == (2.5,)
+    both = evolve(record, evaluations=(*part, *record.evaluations))
+    assert both.evaluated("eval.bits_per_byte") == Trace((0.0, 48.0), (3.0, 3.0))
+    drawn, alone = bits_per_byte(both), bits_per_byte(record)
+    assert drawn is not None
+    assert alone is not None
+    assert "this run, on part of the text" in drawn
+    assert "on all of it (2.50)" in drawn
+    assert "on part" not in alone
 
 
 def test_averaged_weights_stand_beside_the_last_ones(run: Path) -> None:

@@ -10,7 +10,7 @@ from tangram.core.statistics import FEWEST
 from tangram.core.study import Variant, read_study
 
 STUDIES = Path(__file__).parents[2] / "docs" / "studies"
-SHIPPED = ("attention", "balance", "fp8", "mtp", "pieces")
+SHIPPED = ("attention", "balance", "fp8", "mtp", "pieces", "yarn")
 
 
 def never(variant: Variant) -> None:
