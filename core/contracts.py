@@ -707,7 +707,7 @@ class GuardConfig(Protocol):
 
 
 class DataConfig(Protocol):
-    """Fills the slot `data`."""
+    """Fills the slot `data`. One whose data have a tokenizer is a `TokenizerReader` too."""
 
     def build(self, train: "TrainConfig", vocab_size: int) -> Data:
         """Build it."""

@@ -46,7 +46,7 @@ def source(directory: Path) -> Found:
     try:
         found = checkpoint.newest(directory / "checkpoints")
     except CheckpointError as error:
-        raise _refused(f"{error}") from None
+        raise _refused(str(error)) from None
     if found is None:
         raise _refused(f"{directory} has no checkpoint yet")
     return found
@@ -80,7 +80,7 @@ def start_from(run: Trainer, found: Found) -> Start:
             but=tuple(f"objectives.{name}." for name in drawn | left),
         )
     except CheckpointError as error:
-        raise _refused(f"{error}") from None
+        raise _refused(str(error)) from None
     manifest = sha256((found.path / checkpoint.MANIFEST).read_bytes()).hexdigest()
     return Start(str(found.path), manifest, tuple(sorted(drawn)), tuple(sorted(left)))
 
