@@ -23,6 +23,7 @@ from tangram.core.saver import Saver
 from tangram.core.session import Outcome, RunError, Session
 from tangram.core.start import source, start_from
 from tangram.core.step import Trainer
+from tangram.core.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from tangram.core.tokenizer_files import FILE as TOKENIZER
 
 
@@ -90,8 +91,7 @@ def train(
         session.begin()
         if seat.leads:
             directory.mkdir(parents=True, exist_ok=True)
-            if run.data.tokenizer is not None:
-                write_whole(directory / TOKENIZER, run.data.tokenizer.to_json())
+            _keep_tokenizer(run, directory)
             write_whole(directory / RUN_PRESET, to_yaml(experiment))  # last: now it is a run
         session.note("about", session.about() | {"plugins": used_files(experiment), "start": start})
         session.note("origins", {path: str(origin) for path, origin in origins.items()})
@@ -109,6 +109,16 @@ def train(
         session.saver.close()
     session.hooks.tangram_run_ended(run=view, error=None)
     return outcome
+
+
+def _keep_tokenizer(run: Trainer, directory: Path) -> None:
+    """Write the tokenizer into the run's directory, with the chat template that the run it starts from may have."""
+    if run.data.tokenizer is None:
+        return
+    write_whole(directory / TOKENIZER, run.data.tokenizer.to_json())
+    named = run.experiment.train.init_from
+    if named is not None and (config := Path(named).expanduser() / TOKENIZER_CONFIG).is_file():
+        write_whole(directory / TOKENIZER_CONFIG, config.read_text(encoding="utf-8"))
 
 
 def _started(session: Session) -> dict[str, object] | None:

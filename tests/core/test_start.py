@@ -20,6 +20,7 @@ from tangram.core.records import Progress
 from tangram.core.reports import read_run
 from tangram.core.run import train
 from tangram.core.start import source, start_from
+from tangram.core.trained import load_offer
 from tangram.testing import run_ranks
 
 FEW = ("train.tokens=192", "train.evaluate_every=2", "train.evaluate_sequences=1000", "train.lr=0.05")
@@ -53,6 +54,18 @@ def test_it_has_their_values_and_begins_at_its_own_first_step(earlier: Path) -> 
     assert any(key.endswith("biases") and not torch.equal(held[key], drawn[key]) for key in expected)
     assert run.progress == Progress()
     assert not run.optimizer.state
+
+
+def test_its_tokenizer_and_chat_template_come_with_it(earlier: Path, tmp_path: Path) -> None:
+    there = Path(shutil.copytree(earlier, tmp_path / "earlier"))
+    (there / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
+    train(later(there), tmp_path / "run")
+    offer = load_offer(tmp_path / "run", (), speculate=False)
+    assert offer.chat is not None
+    asked = offer.chat.prompt([{"role": "user", "content": "ends"}])
+    assert offer.tokenizer.decode(asked) == "ends!"
+    for path in (there, tmp_path / "run"):
+        assert (path / "tokenizer.json").read_text() == (earlier / "tokenizer.json").read_text()
 
 
 def test_its_losses_need_not_fall(earlier: Path, tmp_path: Path) -> None:
