@@ -109,6 +109,7 @@ class Session:
         liveness: What the verdict on the pieces rests on.
         seconds: Seconds of all steps.
         saved: The step of the newest checkpoint; -1 before the first.
+        tokenizer: Digest of the run's tokenizer, which every checkpoint has; None where there is none.
 
     Of several ranks the first speaks: it alone writes notes and has observers, but for those that average weights.
     """
@@ -122,6 +123,11 @@ class Session:
     liveness: Liveness = field(factory=Liveness)
     seconds: float = 0.0
     saved: int = -1
+    tokenizer: str | None = field(init=False)
+
+    @tokenizer.default
+    def _digested(self) -> str | None:
+        return tokenizer_digest(self.run.data.tokenizer)
 
     @property
     def leads(self) -> bool:
@@ -360,7 +366,7 @@ class Session:
             "seconds": self.seconds,
             "experiment": digest_anywhere(run.experiment),
             "data": run.data.fingerprint,
-            "tokenizer": tokenizer_digest(run.data.tokenizer),
+            "tokenizer": self.tokenizer,
             "liveness": asdict(self.liveness),
             "versions": versions(),
         }
